@@ -1,0 +1,63 @@
+"""From training's checkpoints to the voice that ships: averaged weights in bf16, codec in fp16, tokenizer, settings.
+
+python -m csm_core.train.export --lm runs/voice/lm.pt --codes runs/voice/codes --out csm_core/bundled
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from csm_core.config import BUNDLED_CODEC
+from csm_core.model.checkpoint import Description, save_native
+from csm_core.model.csm import CSM
+from csm_core.text import character_tokenizer
+from csm_core.train.lm import ALPHABET, bundled_config
+
+# Cooler than CSM-1B's 0.9: the teacher says every sentence in one way only, so a draw off the mode is an error.
+DEFAULTS = {"temperature": 0.3, "top_k": 20, "spell_out": True, "speakers": [0, 1], "max_chars": 120}
+
+
+def codec_state(file: Path, num_codebooks: int) -> dict[str, Tensor]:
+    """The codec's tensors without the codebooks that the language model does not speak.
+
+    Codebooks are stored as their entries (usage 1): a quotient of two rounded numbers would be rounded twice.
+    """
+    state = load_file(file)
+    for name in [n for n in state if n.startswith("quantizer.rvq_rest.vq.layers.")]:
+        if int(name.split(".")[4]) >= num_codebooks - 1:
+            del state[name]
+    for name in [n for n in state if n.endswith("cluster_usage")]:
+        entries = name.removesuffix("cluster_usage") + "embedding_sum"
+        state[entries] = state[entries] / state[name].clamp(min=1e-5).unsqueeze(1)
+        state[name] = torch.ones_like(state[name])
+    return state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lm", type=Path, required=True)
+    parser.add_argument("--codes", type=Path, required=True, help="folder with the codec.safetensors of the codes")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    saved = torch.load(args.lm, weights_only=True)
+    count = saved["average"]["audio_head"].shape[0] + 1
+    model = CSM(bundled_config(count))
+    model.load_state_dict(saved["average"])
+    codec = dataclasses.replace(BUNDLED_CODEC, total_codebooks=count, num_codebooks=count)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_file = Path(folder) / "tokenizer.json"
+        character_tokenizer(ALPHABET).save(str(tokenizer_file))
+        description = Description("bundled", codec.to_dict(), DEFAULTS, tokenizer_file)
+        state = codec_state(args.codes / "codec.safetensors", count)
+        save_native(args.out, model, state, description, codec_dtype=torch.float16)
+    size = sum(file.stat().st_size for file in args.out.iterdir() if file.is_file())
+    print(f"step {saved['step']} -> {args.out}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
