@@ -32,7 +32,7 @@ check: $(VENV)/.installed  ## format, lint, types, layout
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layout.py
 
-judge: $(VENV)/.judge  ## the bundled voice before an independent judge (some minutes)
+judge: $(VENV)/.installed  ## the bundled voice before an independent judge (some minutes)
 	@$(BIN)/python -m csm_core.train.judge
 
 clean:  ## remove .venv and what tests and builds left
@@ -49,10 +49,6 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	echo "Setting up $(VENV) with $$("$$python" --version) (once; PyTorch is large: about five minutes)"; \
 	"$$python" -m venv $(VENV) || { echo "$$python cannot make a venv; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(call pip_install,-r requirements.txt -e '.[dev]')
-	@touch $@
-
-$(VENV)/.judge: $(VENV)/.installed
-	@$(call pip_install,-e '.[judge]')
 	@touch $@
 
 # Of pip's output only the downloads that take long (100 MB and more), and its errors.
