@@ -84,6 +84,16 @@ def test_training_resumes_and_encoding_follows(corpus, monkeypatch, capsys):
     assert np.array_equal(mimi.encode(alone.view(1, 1, -1))[0].T.numpy(), stored[start:end])  # batching changed nothing
 
 
+def test_refining_changes_what_is_heard_and_no_code(corpus, monkeypatch):
+    trained, refined = corpus / "codec.pt", corpus / "refined.pt"
+    command = ["--audio", corpus / "audio", "--batch", 2, "--frames", 4, "--steps"]
+    run(codec, monkeypatch, *command, 6, "--out", trained)
+    run(codec, monkeypatch, *command, 3, "--out", refined, "--refine", trained, "--codebooks", 2)
+    before, after = (torch.load(file, weights_only=True)["mimi"] for file in (trained, refined))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"upsample", "decoder_transformer", "decoder"}
+
+
 def test_code_zero_is_retired():
     torch.manual_seed(0)
     mimi = encode.build_mimi(TINY)

@@ -1,12 +1,14 @@
 """The judge itself, and (slow) the voice that ships before it."""
 
+import json
+
 import pytest
 import torch
 
 import csm_core
 from csm_core.model.checkpoint import BUNDLED
 from csm_core.train import judge as judging
-from csm_core.train.judge import GOOD, SENTENCES, Judge, Score
+from csm_core.train.judge import SENTENCES, Judge, Score
 
 SPOKEN = SENTENCES.read_text().splitlines()
 
@@ -35,14 +37,16 @@ def test_a_word_the_recogniser_does_not_know_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (BUNDLED / "config.json").exists(), reason="no voice is bundled")
-def test_the_bundled_voice_is_understood_and_the_controls_are_not():
+def test_the_bundled_voice_is_as_good_as_its_card_says_and_the_controls_fail():
+    card = json.loads((BUNDLED / "judge.json").read_text())
     judge = Judge(SPOKEN)
     with csm_core.load("bundled", device="cpu") as generator:
         for speaker in (0, 1):
             clips = judging.spoken(generator, SPOKEN, speaker, seed=0)
-            score = judge.score(clips, generator.sample_rate)
-            assert score.identified >= GOOD, f"speaker {speaker}: {score}"
+            score, written = judge.score(clips, generator.sample_rate), Score(**card[f"model, speaker {speaker}"])
+            # Another processor rounds otherwise, and a sentence or three of sixty then come out otherwise.
+            assert score.identified >= written.identified - 0.05, f"speaker {speaker}: {score}"
+            assert score.word_error <= written.word_error + 0.1, f"speaker {speaker}: {score}"
         controls: dict[str, Score] = judging.controls(judge, generator, clips)
     for name, control in controls.items():
         assert control.identified <= 0.1 and control.word_error >= 0.8, f"{name}: {control}"
