@@ -40,6 +40,10 @@ CAP_SECONDS_PER_CHARACTER = 0.15
 CAP_SECONDS_PER_DIGIT = 0.8
 CAP_SECONDS_PER_OTHER_LETTER = 0.5
 
+# Parameters. A step of a small model is many operations too short to share: RTF of the bundled voice on two cores .18
+# with two threads and .16 with one; beside two busy processes 9.1 and .38, for the threads wait for each other.
+SMALL_MODEL = 50_000_000
+
 MIN_REST = 12  # frames, 1 s: with less left of max_audio_length_ms a further sentence is not begun
 
 
@@ -352,7 +356,8 @@ def load(model: str = "auto", device: str | None = None, settings: Settings | No
 
     ``model``: "auto" (CSM-1B on CUDA, else the bundled voice), "bundled", "csm-1b", a folder, or a hub id.  ``device``:
     cuda, mps or cpu; the first that is there unless given here or in ``settings``. Weights are bf16 on CUDA and fp32
-    elsewhere, the codec always fp32. Raises InvalidInputError, CheckpointError.
+    elsewhere, the codec always fp32. A small model on the CPU sets torch's threads to one, for the whole process.
+    Raises InvalidInputError, CheckpointError.
     """
     settings = settings or Settings()
     started = time.monotonic()
@@ -366,7 +371,10 @@ def load(model: str = "auto", device: str | None = None, settings: Settings | No
         raise CheckpointError(f"The config.json of {checkpoint.name} is not of this version: {error}.") from error
     tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
     codec = Codec(codec_config, load_codec_state(checkpoint), place)
-    generator = Generator(load_model(checkpoint, place, dtype), codec, tokenizer, profile, settings)
+    model = load_model(checkpoint, place, dtype)
+    if place.type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    generator = Generator(model, codec, tokenizer, profile, settings)
     seconds = time.monotonic() - started
     asked = "as asked" if device or settings.device else "the best here"
     logger.info("loaded %s for %s on %s (%s), %s, in %.1f s", profile.name, model, place, asked, dtype, seconds)

@@ -361,6 +361,16 @@ def test_load_a_native_checkpoint(
     assert not any("Hello" in record.getMessage() for record in caplog.records)
 
 
+def test_a_small_model_on_the_cpu_runs_on_one_thread(tiny_checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load(str(tiny_checkpoint), device="cpu").close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("key", "value"), [("defaults", {"pitch": 2}), ("codec", {"dim": 16})])
 def test_load_a_checkpoint_of_another_version(tiny_checkpoint: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = tmp_path / "other"

@@ -49,11 +49,9 @@ class Call:
     seed: Any = None
 
     def arguments(self, sample_rate: int) -> dict[str, Any]:
-        """Keyword arguments for the generator, which checks the numbers. Raises InvalidInputError."""
+        """Keyword arguments for the generator, which checks the rest. Raises InvalidInputError."""
         if self.text is None:
             raise InvalidInputError("text is missing: send the words to speak.", "text")
-        if not isinstance(self.voice, str | None):
-            raise InvalidInputError("voice must be the name of a voice.", "voice")
         return {
             "text": self.text,
             "speaker": 0 if self.speaker is None else self.speaker,
