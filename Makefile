@@ -36,7 +36,7 @@ judge: $(VENV)/.installed  ## the bundled voice before an independent judge (som
 	@$(BIN)/python -m csm_core.train.judge
 
 clean:  ## remove .venv and what tests and builds left
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml requirements.txt

@@ -326,7 +326,7 @@ def _progress(what: str, args: argparse.Namespace, total: int | None = None, uni
     """A line on stderr for work that takes longer than PATIENCE; its clock runs even while nothing is reported."""
     from tqdm import tqdm
 
-    counted = "{n:.1f}" + (f"/{total}" if total else "") + unit + ", " if unit else ""
+    counted = f"{{n:.0f}}/{total}{unit}, " if total else f"{{n:.1f}}{unit}, " if unit else ""
     form = "{desc}: " + counted + "{elapsed}"
     shown = sys.stderr.isatty() if args.progress is None else args.progress
     bar = tqdm(desc=what, total=total, bar_format=form, disable=not shown, delay=PATIENCE, miniters=0, leave=False)

@@ -57,16 +57,14 @@ BLOCKS = read_blocks(README)
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """The files of a clone that commands need, and an empty home. In a tree without the voice, the tiny one is it."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a clone that commands need, and an empty home."""
     folder = tmp_path_factory.mktemp("clone")
     for name in NEEDED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder / name)
-    if not (folder / "csm_core" / "bundled" / "config.json").is_file():
-        shutil.copytree(tiny_checkpoint, folder / "csm_core" / "bundled", dirs_exist_ok=True)
     programs = folder / "bin"
     programs.mkdir()
     for name, command in {"python": sys.executable, "csm": f"{sys.executable} -m csm_core"}.items():
@@ -176,7 +174,7 @@ def test_commands_are_known() -> None:
 
 def test_make_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`?make (\w+)", README)) - {"saves"}:
+    for target in set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE), target
     assert '$(BIN)/csm deploy try --text "$$CSM_TEXT"' in makefile  # what the test runs in its place
     assert "$(BIN)/python -m pytest" in makefile
@@ -197,9 +195,7 @@ def test_the_tree_is_true() -> None:
 def test_links_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
     assert len(targets) >= 3
-    # The card comes with the voice: there is none in a tree without it.
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert missing in ([], ["csm_core/bundled/README.md"])
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_blocks_are_read() -> None:

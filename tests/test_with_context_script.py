@@ -10,15 +10,12 @@ import torch
 
 from csm_core.audio import write_wav
 from csm_core.generator import Generator
-from csm_core.model.checkpoint import BUNDLED
 from csm_core.prompt import Segment
 
 
 @pytest.fixture(autouse=True)
-def shipped_voice(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
-    """The voice that ships; in a tree without it, the tiny one."""
-    there = (BUNDLED / "config.json").is_file()
-    monkeypatch.setenv("CSM_MODEL", "bundled" if there else str(tiny_checkpoint))
+def shipped_voice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CSM_MODEL", "bundled")
     monkeypatch.setenv("CSM_DEVICE", "cpu")
 
 

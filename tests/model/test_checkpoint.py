@@ -394,5 +394,7 @@ def test_peak_memory_of_loading_csm_1b(tmp_path):
     before, peak, weights, seconds, checksum = (float(field) for field in run.stdout.split())
     print(f"weights {weights / 1e9:.2f} GB, {before / 1e9:.2f} GB before, peak {peak / 1e9:.2f} GB, {seconds:.1f} s")
     assert weights > 3.0e9
-    assert checksum == tensors["audio_head"].float().abs().sum().item()
+    assert checksum == pytest.approx(
+        tensors["audio_head"].float().abs().sum().item(), rel=1e-6
+    )  # threads sum in any order
     assert peak - before < 1.25 * weights
