@@ -371,10 +371,10 @@ def load(model: str = "auto", device: str | None = None, settings: Settings | No
         raise CheckpointError(f"The config.json of {checkpoint.name} is not of this version: {error}.") from error
     tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
     codec = Codec(codec_config, load_codec_state(checkpoint), place)
-    model = load_model(checkpoint, place, dtype)
-    if place.type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL:
+    network = load_model(checkpoint, place, dtype)
+    if place.type == "cpu" and sum(weight.numel() for weight in network.parameters()) < SMALL_MODEL:
         torch.set_num_threads(1)
-    generator = Generator(model, codec, tokenizer, profile, settings)
+    generator = Generator(network, codec, tokenizer, profile, settings)
     seconds = time.monotonic() - started
     asked = "as asked" if device or settings.device else "the best here"
     logger.info("loaded %s for %s on %s (%s), %s, in %.1f s", profile.name, model, place, asked, dtype, seconds)
