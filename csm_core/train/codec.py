@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from csm_core.codec import build_mimi
 from csm_core.config import BUNDLED_CODEC
-from csm_core.train.data import CELLS, PHONES, Crops, shards
+from csm_core.train.data import CELLS, PHONES, Crops, shards, written_whole
 
 RESOLUTIONS = ((2048, 100), (1024, 80), (512, 64), (256, 32), (128, 16))  # window in samples, mel bands
 LOUDNESS_FLOOR = 2e-3  # keeps the logarithm from counting what nobody hears
@@ -197,9 +197,8 @@ def main() -> None:
                 "optimizer": optimizer.state_dict(),
                 "step": step,
             }
-            partial = args.out.with_suffix(".partial")
-            torch.save(state, partial)
-            partial.rename(args.out)
+            with written_whole(args.out) as handle:
+                torch.save(state, handle)
 
 
 if __name__ == "__main__":

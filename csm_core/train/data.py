@@ -1,9 +1,10 @@
 """The teacher's shards: the grid they are on, whole utterances, and crops of whole frames. Knows no model."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ class Utterance:
     speaker: int
     audio: Array
     labels: Array
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[BinaryIO]:
+    """A handle to write ``file`` through: it appears under its name when it is complete, or not at all."""
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as handle:
+        yield handle
+    partial.replace(file)
 
 
 def shards(folder: Path) -> list[Path]:

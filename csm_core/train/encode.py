@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from csm_core.codec import build_mimi
 from csm_core.config import BUNDLED_CODEC
 from csm_core.train.align import character_indices, characters_of_cells, learn, runs
-from csm_core.train.data import CELLS, FRAME, Array, Utterance, shards, utterances
+from csm_core.train.data import CELLS, FRAME, Array, Utterance, shards, utterances, written_whole
 
 BATCH_FRAMES = 1200  # padded frames in one pass of the encoder
 
@@ -93,8 +93,7 @@ def main() -> None:
         spoken = list(utterances(shard))
         codes = list(encode(mimi, spoken))
         where = [characters_of_cells(table, character_indices(lines[u.row]), u.labels.ravel()) for u in spoken]
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as handle:
+        with written_whole(file) as handle:
             np.savez(
                 handle,
                 codes=np.concatenate(codes),
@@ -104,7 +103,6 @@ def main() -> None:
                 rows=np.array([u.row for u in spoken]),
                 speakers=np.array([u.speaker for u in spoken]),
             )
-        partial.rename(file)
         print(f"{file.name}: {len(spoken)} utterances, {sum(map(len, codes))} frames", flush=True)
 
 

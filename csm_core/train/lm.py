@@ -23,7 +23,7 @@ from csm_core.config import BUNDLED_CODEC, ModelConfig, StackConfig
 from csm_core.model.csm import ABSENT, CSM
 from csm_core.text import TextTokenizer, character_tokenizer
 from csm_core.train.align import CHARACTERS
-from csm_core.train.data import CELLS, PHONES, Array, shards
+from csm_core.train.data import CELLS, PHONES, Array, shards, written_whole
 
 ALPHABET = CHARACTERS + "[]0123456789"
 TAG = 4  # [BOS] "[0]": positions before the sentence's first character
@@ -315,9 +315,8 @@ def main() -> None:
                 "optimizer": optimizer.state_dict(),
                 "step": step,
             }
-            partial = args.out.with_suffix(".partial")
-            torch.save(state, partial)
-            partial.rename(args.out)
+            with written_whole(args.out) as handle:
+                torch.save(state, handle)
             began = time.time()
 
 

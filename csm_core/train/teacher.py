@@ -24,7 +24,7 @@ import pyworld
 import soundfile
 from scipy.signal import resample_poly
 
-from csm_core.train.data import CELLS, FRAME, PHONES, SAMPLE_RATE, Array
+from csm_core.train.data import CELLS, FRAME, PHONES, SAMPLE_RATE, Array, written_whole
 
 SPEAKERS = (("rms", 125.0), ("slt", 200.0))  # flite voice and pitch in Hz: multiples of 12.5, the frame rate
 CELL = FRAME / CELLS / SAMPLE_RATE  # seconds: 0.04
@@ -113,8 +113,7 @@ def main() -> None:
         # The speaker follows from the line, so that adding lines changes nothing before them.
         speakers = [row % len(SPEAKERS) for row in rows]
         spoken = [speak(lines[row], speaker) for row, speaker in zip(rows, speakers, strict=True)]
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as handle:
+        with written_whole(file) as handle:
             np.savez(
                 handle,
                 audio=np.concatenate([audio for audio, _ in spoken]),
@@ -123,7 +122,6 @@ def main() -> None:
                 rows=np.array(rows),
                 speakers=np.array(speakers),
             )
-        partial.rename(file)
         print(f"shard {shard}: {sum(len(a) for a, _ in spoken) / SAMPLE_RATE / 60:.1f} minutes", flush=True)
 
 
