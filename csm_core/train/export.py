@@ -20,7 +20,7 @@ from csm_core.text import character_tokenizer
 from csm_core.train.lm import ALPHABET, bundled_config
 
 # Greedy: the teacher says every sentence in one way only, so a draw off the mode is an error. Sentences that the judge
-# identified (speaker 1, 4,500 steps): 25 of 30 at temperature 0, 21 at 0.3, 20 at 0.5. A retry is then no other take.
+# identified (speaker 1 of an earlier voice, 4,500 steps): 25 of 30 at temperature 0, 21 at 0.3, 20 at 0.5.
 DEFAULTS = {"temperature": 0.0, "top_k": 20, "spell_out": True, "speakers": [0, 1], "max_chars": 120}
 
 

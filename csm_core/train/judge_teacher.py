@@ -14,9 +14,9 @@ from csm_core.train.judge import SENTENCES, Judge, show
 def main() -> None:
     judge = Judge(SENTENCES.read_text().splitlines())
     table = {}
-    for speaker, (voice, _) in enumerate(teacher.SPEAKERS):
+    for speaker in range(len(teacher.SPEAKERS)):
         clips = [from_numpy(teacher.speak(s, speaker)[0].astype(np.float32) / 32768) for s in judge.sentences]
-        table[f"teacher {voice}"] = judge.score(clips, SAMPLE_RATE)
+        table[f"teacher of speaker {speaker}"] = judge.score(clips, SAMPLE_RATE)
     show(table, len(judge.sentences))
 
 

@@ -1,4 +1,4 @@
-"""The teacher: flite's voices made regular, so that a small model can learn their codes. Knows no model and no codec.
+"""The teacher: a voice of flite made regular, so that a small model can learn their codes. Knows no model and no codec.
 
 flite (CMU, Debian package ``flite``) speaks a sentence and tells where its phones end; the WORLD vocoder (pyworld)
 speaks it again on two grids of the codec's 80 ms frame:
@@ -26,15 +26,16 @@ from scipy.signal import resample_poly
 
 from csm_core.train.data import CELLS, FRAME, PHONES, SAMPLE_RATE, Array, written_whole
 
-SPEAKERS = (("rms", 125.0), ("slt", 200.0))  # flite voice and pitch in Hz: multiples of 12.5, the frame rate
+VOICE = "rms"  # of flite
+SPEAKERS = ((125.0, 1.0), (175.0, 1.12))  # pitch in Hz, a multiple of 12.5, the frame rate; factor on the formants
 CELL = FRAME / CELLS / SAMPLE_RATE  # seconds: 0.04
 FRAME_PERIOD = 0.010  # seconds between WORLD's analysis frames: four a cell
 
 
-def flite(text: str, voice: str) -> tuple[Array, int, list[str], Array]:
+def flite(text: str) -> tuple[Array, int, list[str], Array]:
     """Speak with flite: samples, their rate, the phones, and the phones' ends in seconds."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", file.name]
+        command = ["flite", "-voice", VOICE, "-psdur", "-t", text, "-o", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         samples, rate = soundfile.read(file.name)
     phones, ends = zip(*(item.rsplit(":", 1) for item in printed), strict=True)
@@ -61,8 +62,15 @@ def cells_of(phones: list[str], ends: Array) -> Array:
     return cells
 
 
-def locked(samples: Array, rate: int, ends: Array, cells: Array, pitch: float) -> Array:
-    """The same speech at a constant pitch with phones on the grid; float64 at SAMPLE_RATE, a whole number of frames."""
+def stretched(spectra: Array, factor: float) -> Array:
+    """Spectra ``[frames, bins]`` with everything at ``factor`` times its frequency: a vocal tract shorter by as much."""
+    bins = np.arange(spectra.shape[1])
+    return np.stack([np.interp(bins / factor, bins, spectrum) for spectrum in spectra])
+
+
+def locked(samples: Array, rate: int, ends: Array, cells: Array, speaker: int) -> Array:
+    """The same speech at a speaker's constant pitch with phones on the grid; float64 at SAMPLE_RATE, whole frames."""
+    pitch, formants = SPEAKERS[speaker]
     f0, times = pyworld.dio(samples, rate, frame_period=1000 * FRAME_PERIOD)
     f0 = pyworld.stonemask(samples, f0, times, rate)
     envelope = pyworld.cheaptrick(samples, f0, times, rate)
@@ -74,8 +82,8 @@ def locked(samples: Array, rate: int, ends: Array, cells: Array, pitch: float) -
     source = np.clip(np.round(at).astype(int), 0, len(times) - 1)
     spoken = pyworld.synthesize(
         np.full(count, pitch),
-        np.ascontiguousarray(envelope[source]),
-        np.ascontiguousarray(aperiodicity[source]),
+        stretched(envelope[source], formants),
+        stretched(aperiodicity[source], formants),
         rate,
         1000 * FRAME_PERIOD,
     )
@@ -86,10 +94,9 @@ def locked(samples: Array, rate: int, ends: Array, cells: Array, pitch: float) -
 
 def speak(text: str, speaker: int) -> tuple[Array, Array]:
     """One sentence: int16 audio at SAMPLE_RATE and the index in PHONES of every cell."""
-    voice, pitch = SPEAKERS[speaker]
-    samples, rate, phones, ends = flite(text, voice)
+    samples, rate, phones, ends = flite(text)
     cells = cells_of(phones, ends)
-    audio = locked(samples, rate, ends, cells, pitch)
+    audio = locked(samples, rate, ends, cells, speaker)
     labels = np.repeat([PHONES.index(p) for p in phones], cells).astype(np.uint8)
     return (np.clip(audio, -1, 1) * 32767).astype(np.int16), labels
 

@@ -20,13 +20,21 @@ def test_a_phone_shorter_than_a_cell_borrows_from_its_successor():
 
 
 def test_pitch_is_locked_to_the_frame():
-    rate, pitch = 16_000, 125.0
+    rate = 16_000
     time = np.arange(rate) / rate
     voice = 0.3 * np.sign(np.sin(2 * np.pi * 117.0 * time)) * np.exp(-((time - 0.5) ** 2))  # another pitch
-    spoken = teacher.locked(voice, rate, np.array([1.0]), np.array([24]), pitch)
+    spoken = teacher.locked(voice, rate, np.array([1.0]), np.array([24]), speaker=0)
     assert len(spoken) == 12 * 1920
     middle = spoken[4 * 1920 : 8 * 1920].reshape(4, 1920)
     # Whole periods in a frame: neighbouring frames of a steady sound are alike, sample by sample.
     correlation = np.corrcoef(middle)
     assert correlation[0, 1] > 0.95 and correlation[1, 2] > 0.95
     assert np.corrcoef(np.stack([middle[0], np.roll(middle[1], 60)]))[0, 1] < 0.8  # and it could fail
+
+
+def test_formants_move_and_the_level_stays():
+    peak = np.exp(-(((np.arange(513) - 200) / 10.0) ** 2))
+    moved = teacher.stretched(np.stack([peak, peak]), 1.12)
+    assert moved.shape == (2, 513) and list(moved.argmax(axis=1)) == [224, 224]
+    assert moved.max() > 0.99
+    assert np.array_equal(teacher.stretched(peak[None], 1.0)[0], peak)
