@@ -1,11 +1,10 @@
-"""Text on its way to the model: clean-up, spelling out, sentences, and token ids in the ``[speaker]text`` template.
+"""Text on its way to the model: clean-up, sentences, and token ids in the ``[speaker]text`` template.
 
 Every step is linear in the text's length. Knows no model, no audio and no checkpoint; a tokenizer comes in ready.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable
 
 import sentencex
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -113,159 +112,6 @@ def _without_inline_marks(text: str) -> str:
 
 def _close_gap(gap: re.Match[str]) -> str:
     return "" if gap.string[gap.end() : gap.end() + 1] in tuple(".,!?;:)]") else " "
-
-
-_ONES = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]  # fmt: skip
-_TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_SCALES = ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred"))
-_ORDINALS = {
-    "one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-    "twelve": "twelfth",
-}  # fmt: skip
-_FRACTIONS = {"1/2": "one half", "1/3": "one third", "2/3": "two thirds", "1/4": "one quarter", "3/4": "three quarters"}
-_MONEY = {
-    "$": ("dollar", "dollars", "cent", "cents"),
-    "€": ("euro", "euros", "cent", "cents"),
-    "£": ("pound", "pounds", "penny", "pence"),
-    "¥": ("yen", "yen", "sen", "sen"),
-}
-_MAGNITUDES = {"k": "thousand", "m": "million", "b": "billion"}
-_TITLES = {  # their dot never ends a sentence
-    "mr": "Mister", "mrs": "Missus", "ms": "Miss", "dr": "Doctor", "prof": "Professor", "vs": "versus",
-    "approx": "approximately", "dept": "department", "e.g": "for example", "i.e": "that is",
-}  # fmt: skip
-_CLOSERS = {"jr": "Junior", "sr": "Senior", "etc": "et cetera", "a.m": "a m", "p.m": "p m"}  # theirs may
-_SYMBOLS = {
-    "&": "and", "+": "plus", "=": "equals", "@": "at", "%": "percent", "×": "times", "÷": "divided by", "°": "degrees",
-    "$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "<": "less than", ">": "greater than",
-}  # fmt: skip
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_MIXED_FRACTION = re.compile(r"(?<=\d) ?(?=[\u00bc-\u00be\u2150-\u215e])")  # 1½
-_LOOSE = re.compile(r" (?=[.,!?;:)])|(?<=\() ")
-
-
-def spell_out(text: str) -> str:
-    """English with numbers, times, years, money, symbols and abbreviations in words; no digit is left.
-
-    For models that were only taught letters (a checkpoint's ``"spell_out": true``); CSM-1B reads digits itself. Wants
-    clean text and comes before ``split_sentences``. Square brackets go, so nothing looks like a speaker's tag.
-    """
-    text = unicodedata.normalize("NFKC", _MIXED_FRACTION.sub(" and ", text))
-    text = text.replace("\u2044", "/").replace("\u2212", "-")  # the fraction slash of ½, the typographic minus
-    for pattern, spoken in _SPOKEN:
-        text = pattern.sub(spoken, text)
-    return _LOOSE.sub("", " ".join(text.split()))
-
-
-def _cardinal(number: int) -> str:
-    if number < 20:
-        return _ONES[number]
-    if number < 100:
-        return _TENS[number // 10] + (f"-{_ONES[number % 10]}" if number % 10 else "")
-    size, name = next(scale for scale in _SCALES if number >= scale[0])
-    high, low = divmod(number, size)
-    return f"{_cardinal(high)} {name}" + (f" {_cardinal(low)}" if low else "")
-
-
-def _digits(digits: str) -> str:
-    return " ".join(_ONES[int(digit)] for digit in digits)
-
-
-def _whole(digits: str) -> str:
-    """A number without a fraction. Codes (007) and numbers past the trillions are read digit by digit."""
-    digits = digits.replace(",", "")
-    is_code = len(digits) > 1 and int(digits[0]) == 0
-    return _digits(digits) if is_code or len(digits) > 15 else _cardinal(int(digits))
-
-
-def _number(match: re.Match[str]) -> str:
-    whole, *fractions = match[0].split(".")
-    words = [_whole(whole)] if whole else []
-    return f" {' '.join(words + [f'point {_digits(fraction)}' for fraction in fractions])} "
-
-
-def _ordinal(match: re.Match[str]) -> str:
-    head, last = re.fullmatch(r"(.*?)(\w+)", _whole(match[1])).groups()  # type: ignore[union-attr]
-    return f" {head}{_ORDINALS.get(last) or (f'{last[:-1]}ieth' if last.endswith('y') else f'{last}th')} "
-
-
-def _year(digits: str) -> str:
-    high, low = divmod(int(digits), 100)
-    if high % 10 == 0 and low < 10:
-        return _cardinal(int(digits))
-    return f"{_cardinal(high)} " + (_cardinal(low) if low > 9 else f"oh {_ONES[low]}" if low else "hundred")
-
-
-def _decade(match: re.Match[str]) -> str:
-    words = _year(match[1]) if len(match[1]) == 4 else _cardinal(int(match[1]))
-    return f" {words[:-1]}ies " if words.endswith("y") else f" {words}s "
-
-
-def _time(match: re.Match[str]) -> str:
-    hour, minute, half = int(match["hour"]), int(match["minute"] or 0), match["half"]
-    if hour > 24 or minute > 59:
-        return match[0]
-    words = _cardinal(hour)
-    if minute:
-        words += f" {_cardinal(minute)}" if minute > 9 else f" oh {_ONES[minute]}"
-    elif not half:
-        words += " o'clock" if 0 < hour < 13 else " hundred"
-    return f" {words} {half.lower()} m" if half else f" {words} "
-
-
-def _money(match: re.Match[str]) -> str:
-    sign, whole, fraction, magnitude = match.groups()
-    unit, units, coin, coins = _MONEY[sign]
-    if magnitude or (fraction and len(fraction) != 2):
-        point = f" point {_digits(fraction)}" if fraction else ""
-        magnitude = (magnitude or "").lower()
-        return f" {_whole(whole)}{point} {_MAGNITUDES.get(magnitude, magnitude)} {units} "
-    words = f" {_whole(whole)} {unit if whole == '1' else units} "
-    cents = int(fraction or 0)
-    return words + f"and {_cardinal(cents)} {coin if cents == 1 else coins} " if cents else words
-
-
-_SPOKEN: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (
-        re.compile(
-            r"(?i)\b(?P<hour>\d{1,2})(?::(?P<minute>\d\d))? ?(?P<half>[ap])\.?m\b(?:\.(?!\s+(?-i:[A-Z])|\s*$))?"
-        ),
-        _time,
-    ),
-    (re.compile(rf"(?i)\b({'|'.join(map(re.escape, _TITLES))})\."), lambda match: _TITLES[match[1].lower()]),
-    (
-        re.compile(rf"(?i)\b({'|'.join(map(re.escape, _CLOSERS))})(?:\.(?!\s+(?-i:[A-Z])|\s*$)|(?=\.))"),
-        lambda match: _CLOSERS[match[1].lower()],
-    ),
-    (re.compile(r"\bSt\.(?=\s+[A-Z])"), "Saint"),
-    (re.compile(r"\bSt(?:\.(?!\s*$)|(?=\.))"), "Street"),
-    (re.compile(r"\bNo\. ?(?=\d)|#(?=\d)"), "number "),
-    (re.compile(r"\b(?:[A-Za-z]\.)+[A-Za-z]\b(?:\.(?!\s*$))?"), lambda match: match[0].replace(".", " ")),  # U.S.
-    (re.compile(r"\b(?:\d{3}-)?\d{3}-\d{4}\b"), lambda match: f" {', '.join(map(_digits, match[0].split('-')))} "),
-    (re.compile(r"(?<!\w)-(?=[$€£¥]?\.?\d)"), "minus "),
-    (re.compile(r"(?<=\d) - (?=\d)"), " minus "),
-    (re.compile(rf"(?<![\d-])({_NUMBER})[-–](?=\d+(?![\d-]))"), r"\1 to "),  # 5-10, but not 2024-05-01
-    (re.compile(r"(?<=[^\W\d])-(?=\d)|(?<=\d)-(?=\w)"), " "),  # COVID-19, 5-year
-    (
-        re.compile(rf"(?i)([$€£¥]) ?({_NUMBER})(?:\.(\d+))?(?: ?(hundred|thousand|million|billion|trillion|[kmb])\b)?"),
-        _money,
-    ),
-    (re.compile(r"\b(?P<hour>\d{1,2}):(?P<minute>\d\d)(?!:?\d)(?P<half>)"), _time),
-    (re.compile(r"'?\b(\d{2}|\d{4})'?s\b"), _decade),
-    (re.compile(rf"(?i)\b({_NUMBER})(?:st|nd|rd|th)\b"), _ordinal),
-    (re.compile(r"(?<![\d/])(?:1/[234]|2/3|3/4)(?![\d/])"), lambda match: _FRACTIONS[match[0]]),
-    (re.compile(r"(?<![\w.,])(?:1[1-9]|20)\d\d(?!\w|[.,]\d)"), lambda match: _year(match[0])),
-    (re.compile(r"(?<=\d) ?[*x×] ?(?=\d)"), " times "),
-    (re.compile(rf"{_NUMBER}(?:\.\d+)*|(?<!\w)\.\d+"), _number),
-    (re.compile(r"° ?C\b"), " degrees Celsius "),
-    (re.compile(r"° ?F\b"), " degrees Fahrenheit "),
-    (re.compile(f"[{''.join(_SYMBOLS)}]"), lambda match: f" {_SYMBOLS[match[0]]} "),
-    (re.compile(r"(?<=[a-z])\.(?=[a-z])"), " dot "),
-    (re.compile(r"[\[\]{}|\\^~_*#/`]"), " "),
-)
 
 
 _CLAUSE_END = re.compile(r"[,;:—–](?=\s)|[)…](?=\s)| (?=—|–|\()")
