@@ -33,16 +33,18 @@ def derive_seed(seed: int, sentence: int, take: int) -> int:
 
 
 def plan_take(first: Take, number: int, config: SilenceConfig) -> Take:
-    """Take ``number`` of the sentence that ``first`` began: cooler and narrower each time, never the other way.
+    """Take ``number`` of the sentence that ``first`` began: each cooler and narrower, down to the floors of ``config``.
 
-    A caller who already asked for less than the floors keeps what was asked.
+    Below the floors there is little to draw from and the silent take would come again: at temperature 0 or top-k 1 the
+    very same one, for argmax knows no seed. So a caller who asked for less gets it once, and the floors from then on.
     """
-    cooled = round(first.temperature - number * config.temperature_step, 6)
+    if number == 0:
+        return first
     return Take(
         sentence=first.sentence,
         number=number,
-        temperature=max(cooled, min(first.temperature, config.min_temperature)),
-        top_k=max(first.top_k >> number, min(first.top_k, config.min_top_k)),
+        temperature=max(round(first.temperature - number * config.temperature_step, 6), config.min_temperature),
+        top_k=max(first.top_k >> number, config.min_top_k),
         seed=derive_seed(first.seed, 0, number),
     )
 

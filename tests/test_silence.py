@@ -96,8 +96,9 @@ def first(temperature: float = 0.9, top_k: int = 50, seed: int = 7) -> Take:
     [
         (0.9, 50, [(0.9, 50), (0.7, 25), (0.5, 12), (0.3, 6), (0.3, 5), (0.3, 5)]),
         (0.6, 8, [(0.6, 8), (0.4, 5), (0.3, 5)]),
-        (0.2, 3, [(0.2, 3), (0.2, 3), (0.2, 3)]),  # less than the floors was asked: it is not raised to them
-        (0.0, 1, [(0.0, 1), (0.0, 1)]),
+        (0.2, 3, [(0.2, 3), (0.3, 5), (0.3, 5)]),  # less than the floors was asked: it is had once
+        (0.0, 50, [(0.0, 50), (0.3, 25), (0.3, 12)]),  # argmax would make the same take again
+        (0.9, 1, [(0.9, 1), (0.7, 5), (0.5, 5)]),  # so would a choice of one
         (2.0, 2051, [(2.0, 2051), (1.8, 1025), (1.6, 512)]),
     ],
 )
@@ -125,3 +126,9 @@ def test_seeds_of_one_speech_are_distinct() -> None:
 def test_windows_must_tile_a_frame() -> None:
     with pytest.raises(ValueError, match="window_ms"):
         SilenceConfig(window_ms=30)
+
+
+@pytest.mark.parametrize("floor", [{"min_temperature": 0.0}, {"min_temperature": math.nan}, {"min_top_k": 1}])
+def test_the_floors_leave_something_to_draw(floor: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="min_temperature > 0 and min_top_k >= 2"):
+        SilenceConfig(**floor)

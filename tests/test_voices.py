@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from threading import Thread
 
@@ -11,7 +12,7 @@ import torch
 
 from csm_core.audio import write_wav
 from csm_core.errors import InvalidInputError
-from csm_core.voices import CodesCache, list_voices, load_voice
+from csm_core.voices import CodesCache, VoiceCache, list_voices, load_voice
 
 RATE = 24_000
 TONE = 0.5 * torch.sin(torch.arange(4800) / RATE * (2 * math.pi * 440))
@@ -93,6 +94,59 @@ def test_a_broken_voice_says_what_is_wrong(voices: Path, file: str, content: byt
         (voices / "anna" / file).write_bytes(content)
     with pytest.raises(InvalidInputError, match=sentence):
         load_voice(voices / "anna", None, RATE)
+
+
+def test_a_voice_is_read_once(voices: Path) -> None:
+    cache = VoiceCache(RATE)
+    anna = cache.get("anna", voices)
+    assert cache.get("anna", voices) is cache.get(voices / "anna", None) is anna
+    assert cache.get("bob_2", voices).segments[0].speaker == 3
+    plain = load_voice("anna", voices, RATE)
+    assert (anna.name, anna.segments[0].text) == (plain.name, plain.segments[0].text)
+    assert torch.equal(anna.segments[0].audio, plain.segments[0].audio)
+    with pytest.raises(InvalidInputError, match="letters, digits"):
+        cache.get("../anna", voices)
+
+
+def test_a_voice_that_changed_is_read_again(voices: Path) -> None:
+    cache, folder = VoiceCache(RATE), voices / "anna"
+    old = cache.get("anna", voices)
+    write_wav(folder / "sample.wav", -TONE, RATE)  # as long as before, at another time
+    new = cache.get("anna", voices)
+    torch.testing.assert_close(new.segments[0].audio, -TONE, atol=2**-15, rtol=0)
+
+    (folder / "transcript.txt").write_text("I am another.", encoding="utf-8")
+    assert cache.get("anna", voices).segments[0].text == "I am another."
+    (folder / "voice.json").write_text('{"speaker": 7}', encoding="utf-8")
+    assert cache.get("anna", voices).segments[0].speaker == 7
+
+    status = (folder / "sample.wav").stat()
+    write_wav(folder / "moved.wav", TONE, RATE)
+    os.utime(folder / "moved.wav", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (folder / "moved.wav").replace(folder / "sample.wav")  # same size, same time, another file
+    assert torch.equal(cache.get("anna", voices).segments[0].audio, old.segments[0].audio)
+
+
+def test_a_voice_that_is_gone_or_broken_is_not_remembered(voices: Path) -> None:
+    cache = VoiceCache(RATE)
+    cache.get("anna", voices)
+    transcript = voices / "anna" / "transcript.txt"
+    transcript.rename(voices / "kept")
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match=r"no transcript\.txt"):
+            cache.get("anna", voices)
+    (voices / "kept").rename(transcript)
+    assert cache.get("anna", voices).segments[0].text == "I am anna."
+    (voices / "anna" / "sample.wav").unlink()
+    with pytest.raises(InvalidInputError, match="no voice 'anna'; the voices here are: bob_2"):
+        cache.get("anna", voices)
+
+
+def test_only_so_many_voices_are_kept(voices: Path) -> None:
+    cache = VoiceCache(RATE, capacity=1)
+    anna = cache.get("anna", voices)
+    cache.get("bob_2", voices)
+    assert cache.get("anna", voices) is not anna
 
 
 class Encoder:
