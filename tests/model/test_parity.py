@@ -1,6 +1,7 @@
 """The network against an independent implementation: the same random weights in transformers' CSM say the same frames.
 
-Greedy decoding in fp32, rows of different lengths: transformers pads them on the left, ours not at all.
+Greedy decoding in fp32, rows of different lengths: transformers pads them on the left, ours not at all. The sounds of a
+context go into transformers as PCM; what its codec makes of them goes into ours as codes.
 """
 
 import pytest
@@ -104,9 +105,18 @@ def make_pair(config, std):
         stack.rotary_emb = CsmRotaryEmbedding(stack.config)
     offsets = torch.arange(config.num_codebooks) * config.audio_vocab_size
     theirs.backbone_model.embed_tokens.register_buffer("audio_tokens_offsets", offsets, persistent=False)
-    torch.manual_seed(0)
-    theirs.codec_model = transformers.MimiModel(theirs.config.codec_config)
+    theirs.codec_model = make_codec(theirs.config.codec_config)
     return ours.eval(), theirs.eval()
+
+
+def make_codec(config):
+    """Transformers' Mimi with random codebooks: it creates them empty, and would encode every sound as zeros."""
+    torch.manual_seed(0)
+    codec = transformers.MimiModel(config)
+    for name, buffer in codec.named_buffers():
+        if name.endswith("codebook.embed_sum"):
+            buffer.normal_()
+    return codec
 
 
 @pytest.fixture(scope="module")
@@ -190,25 +200,34 @@ def test_text_only_rows_of_different_lengths(pair):
     assert_same(our_greedy(ours, prompts, 12), their_greedy(theirs, rows, 12), atol=1e-4)
 
 
-def test_text_and_audio_context(pair):
-    """The first row has two earlier turns with audio, the second none; transformers encodes the audio itself."""
-    ours, theirs = pair
-    frame_size = theirs.config.codec_config.frame_size
+def context_of_sounds(model):
+    """Two turns with audio and a third to speak, beside a longer text without any; as transformers' and our input.
+
+    Returns (rows of ids, what goes with them into transformers' ``generate``, our prompts).
+    """
+    codec, num_codebooks = model.codec_model, model.config.num_codebooks
+    frame_size = codec.config.frame_size
     generator = torch.Generator().manual_seed(7)
     sounds = [torch.randn(1, count * frame_size, generator=generator) for count in (5, 3)]
     with torch.inference_mode():
-        codes = [theirs.codec_model.encode(sound.unsqueeze(0)).audio_codes[0].T for sound in sounds]
-    turns = random_ids(4, 6, 5, 11)
+        codes = [codec.encode(sound.unsqueeze(0)).audio_codes[0].T for sound in sounds]
+    assert [len(heard.unique(dim=0)) for heard in codes] == [5, 3], "equal frames would hide their order"
+    assert all(len(column.unique()) > 2 for column in torch.cat(codes).T), "equal codes would hide their codebook"
+    turns = random_ids(4, 6, 5, 23)
 
     first = [*turns[0], *[AUDIO] * 5, AUDIO_EOS, *turns[1], *[AUDIO] * 3, AUDIO_EOS, *turns[2]]
-    cutoffs = torch.tensor([[5 * frame_size, 8 * frame_size], [-1, -1]])
     values = torch.zeros(2, 1, 8 * frame_size)
     values[0] = torch.cat(sounds, dim=-1)
-    expected = their_greedy(theirs, [first, turns[3]], 12, input_values=values, input_values_cutoffs=cutoffs)
-
-    texts = [text_frames(turn, SMALL.num_codebooks) for turn in turns]
+    cutoffs = torch.tensor([[5 * frame_size, 8 * frame_size], [-1, -1]])
+    texts = [text_frames(turn, num_codebooks) for turn in turns]
     spoken = torch.cat((texts[0], audio_frames(codes[0]), texts[1], audio_frames(codes[1]), texts[2]))
-    assert_same(our_greedy(ours, [spoken, texts[3]], 12), expected, atol=1e-4)
+    return [first, turns[3]], {"input_values": values, "input_values_cutoffs": cutoffs}, [spoken, texts[3]]
+
+
+def test_text_and_audio_context(pair):
+    ours, theirs = pair
+    rows, audio, prompts = context_of_sounds(theirs)
+    assert_same(our_greedy(ours, prompts, 12), their_greedy(theirs, rows, 12, **audio), atol=1e-4)
 
 
 def test_depth_logits_under_teacher_forcing(pair):
@@ -222,8 +241,10 @@ def test_depth_logits_under_teacher_forcing(pair):
 
 @pytest.mark.slow
 def test_full_csm_1b_shape():
-    """Sesame's own sizes with random weights: 6.2 GB of weights, shared by both implementations."""
+    """Sesame's own sizes with random weights: 6.2 GB of them, shared by both implementations. The codec stays tiny."""
     ours, theirs = make_pair(CSM_1B, std=0.02)
     rows = random_ids(6, 13)
     prompts = [text_frames(row, CSM_1B.num_codebooks) for row in rows]
     assert_same(our_greedy(ours, prompts, 3), their_greedy(theirs, rows, 3), atol=1e-3)
+    rows, audio, prompts = context_of_sounds(theirs)
+    assert_same(our_greedy(ours, prompts, 3), their_greedy(theirs, rows, 3, **audio), atol=1e-3)
