@@ -3,6 +3,7 @@
 Knows which files a published repository is made of, not what is in them. Pickles are never asked for.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,12 +22,16 @@ from huggingface_hub.errors import GatedRepoError as HubGatedRepoError
 from csm_core.errors import CheckpointError, CorruptFileError, GatedRepoError, MissingFileError
 from csm_core.model.weights import read_json, tensor_shapes
 
+logger = logging.getLogger(__name__)
+
 CSM_1B_REPO = "sesame/csm-1b"
 MIRRORS = {CSM_1B_REPO: "unsloth/csm-1b"}  # the same weights and tokenizer, in Transformers' names, without a gate
 MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
-# What this version was written for. The mirror is not pinned because its commit hashes are not known to us: it
-# follows "main", and what keeps a change there from turning into noise are the name, shape and tokenizer checks.
+# What this version was written for. The mirror is missing because no commit of it could be confirmed from two places
+# (2026-11: none of what is public names one), nor do its files have Sesame's hashes: it is one file where Sesame's
+# Transformers layout is two. So it follows "main"; fetch_checkpoint says which commit that is, and what keeps a change
+# there from turning into noise are the checks of names, shapes and tokenizer.
 REVISIONS = {
     CSM_1B_REPO: "c92a71e1c419772e25be7dc14d952c2521a740ab",
     "kyutai/moshiko-pytorch-bf16": "2bfc9ae6e89079a5cc7ed2a68436010d91a3d289",
@@ -68,7 +73,10 @@ def fetch_checkpoint(repo: Repo) -> Path:
         pass
     else:
         config = read_json(config_file)
-        repo = Repo(repo.id, config_file.parent.name)  # the commit: all files of one, though "main" may move meanwhile
+        commit = config_file.parent.name  # all files are of this one, though "main" may move meanwhile
+        if commit != repo.revision:
+            logger.info("%s follows %s, now %s; %s@%s stays there", repo.id, repo.revision, commit, repo.id, commit)
+        repo = Repo(repo.id, commit)
     # sesame/csm-1b holds two layouts; this key says which file belongs to config.json.
     index = _fetch_if_there(repo, config.get("transformers_weights", "model.safetensors.index.json"))
     index = index or _fetch_if_there(repo, "model.safetensors.index.json")

@@ -20,15 +20,20 @@ from csm_core.model.hub import Repo
 from tests.model import published
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "f" * 40
 JUNK = ["ckpt.pt", "README.md", "prompts/conversational_a.wav", "tokenizer_config.json"]
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``repos``: id -> {path: bytes}; ``refused``: id -> (status, error code) for everybody. ``sent`` are the GETs."""
+    """``repos``: id -> {path: bytes}; ``refused``: id -> (status, error code) for everybody. ``sent`` are the GETs.
+
+    ``main`` is a commit, and becomes LATER once the file ``moves_after`` was sent.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.refused, self.sent = {}, {}, []
+        self.main, self.moves_after = COMMIT, None
 
     @property
     def url(self):
@@ -58,11 +63,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.sent.append((repo, path))
         self.send_response(200)
         self.send_header("ETag", f'"{hash(body):x}"')
-        self.send_header("X-Repo-Commit", COMMIT if revision == "main" else revision)
+        self.send_header("X-Repo-Commit", self.server.main if revision == "main" else revision)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:
             self.wfile.write(body)
+            if path == self.server.moves_after:
+                self.server.main = LATER
         return None
 
     def refuse(self, status, code):
@@ -140,10 +147,30 @@ def test_mirror_when_the_gate_is_closed(server, transformers_files, model_name, 
     server.repos["unsloth/csm-1b"] = transformers_files
     with caplog.at_level(logging.INFO, "csm_core"):
         assert find_checkpoint(model_name, device="cuda:0").name == "unsloth/csm-1b"
-    assert [record.message[:27] for record in caplog.records] == ["model unsloth/csm-1b, becau"]
+    assert [record.message[:27] for record in caplog.records if "checkpoint" in record.name] == [
+        "model unsloth/csm-1b, becau"
+    ]
     server.refused.clear()
     server.repos["sesame/csm-1b"] = transformers_files
     assert find_checkpoint(model_name, device="cuda:0").name == "sesame/csm-1b"
+
+
+def test_what_is_not_pinned_says_its_commit_and_can_be_held_there(server, transformers_files, caplog):
+    server.repos["unsloth/csm-1b"] = server.repos["sesame/csm-1b"] = transformers_files
+    with caplog.at_level(logging.INFO, "csm_core.model.hub"):
+        found = find_checkpoint("unsloth/csm-1b")
+        assert caplog.messages == [f"unsloth/csm-1b follows main, now {COMMIT}; unsloth/csm-1b@{COMMIT} stays there"]
+        caplog.clear()
+        assert find_checkpoint(f"unsloth/csm-1b@{COMMIT}").directory == found.directory
+        find_checkpoint("sesame/csm-1b")
+        assert caplog.messages == []
+
+
+def test_all_files_are_of_one_commit(server, transformers_files):
+    server.repos["unsloth/csm-1b"], server.moves_after = transformers_files, "config.json"
+    found = find_checkpoint("unsloth/csm-1b")
+    assert server.main == LATER
+    assert {file.parent.name for file in (found.tokenizer_file, *found.lm_files.values())} == {COMMIT}
 
 
 def test_auto_without_cuda_asks_nobody(server, caplog):
