@@ -15,7 +15,9 @@ from csm_core.errors import (
     EngineBusyError,
     EngineError,
     GatedRepoError,
+    InsufficientMemoryError,
     InvalidInputError,
+    MissingExtraError,
     MissingFileError,
     PromptTooLongError,
     RequestCancelledError,
@@ -23,6 +25,8 @@ from csm_core.errors import (
     ShapeMismatchError,
     SilentOutputError,
     TokenizerMismatchError,
+    TranscriptionError,
+    UnsupportedLanguageError,
 )
 
 if _TYPE_CHECKING:
@@ -47,7 +51,9 @@ __all__ = [
     "EngineError",
     "GatedRepoError",
     "Generator",
+    "InsufficientMemoryError",
     "InvalidInputError",
+    "MissingExtraError",
     "MissingFileError",
     "PromptTooLongError",
     "RequestCancelledError",
@@ -57,6 +63,8 @@ __all__ = [
     "SilentOutputError",
     "Speech",
     "TokenizerMismatchError",
+    "TranscriptionError",
+    "UnsupportedLanguageError",
     "load",
     "load_csm_1b",
 ]

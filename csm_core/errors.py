@@ -3,6 +3,7 @@
 CsmError
 ├── InvalidInputError (also a ValueError)   the caller can mend it: text, number, audio, script
 │   ├── PromptTooLongError                  text and context do not fit the model's window
+│   ├── UnsupportedLanguageError            a language that the transcriber does not know
 │   └── AudioDecodeError                    bytes that are no audio, too long, or of an unusable shape
 ├── CheckpointError                         the weights cannot be used
 │   ├── GatedRepoError                      no access to a gated repository
@@ -10,6 +11,9 @@ CsmError
 │   ├── CorruptFileError                    a truncated or unreadable file
 │   ├── ShapeMismatchError                  tensors that do not fit the configuration
 │   └── TokenizerMismatchError              a tokenizer that does not belong to the weights
+├── InsufficientMemoryError                 the device has no room for this model with this many slots
+├── MissingExtraError                       a part whose packages are not installed
+├── TranscriptionError                      the speech recogniser, or the endpoint that is one, failed
 ├── SilentOutputError                       every take was silent
 ├── RequestTimeoutError                     the deadline passed
 ├── RequestCancelledError                   the caller gave up
@@ -50,6 +54,15 @@ class AudioDecodeError(InvalidInputError):
     code = "invalid_audio"
 
 
+class UnsupportedLanguageError(InvalidInputError):
+    """A language that this transcriber does not know; the message lists those that it does."""
+
+    code = "unsupported_language"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "language")
+
+
 class CheckpointError(CsmError):
     """The weights cannot be used as they are."""
 
@@ -74,6 +87,24 @@ class ShapeMismatchError(CheckpointError):
 
 class TokenizerMismatchError(CheckpointError):
     """The tokenizer does not belong to the weights."""
+
+
+class InsufficientMemoryError(CsmError):
+    """Weights, caches and slots do not fit into what the device has free; the message says what would."""
+
+    code = "insufficient_memory"
+
+
+class MissingExtraError(CsmError):
+    """A part that was asked for needs packages that are not installed; the message says which extra brings them."""
+
+    code = "missing_extra"
+
+
+class TranscriptionError(CsmError):
+    """Speech could not be turned into text: the recogniser broke, or the endpoint refused."""
+
+    code = "transcription_failed"
 
 
 class SilentOutputError(CsmError):

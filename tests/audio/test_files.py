@@ -260,3 +260,14 @@ def test_the_length_of_base64_is_checked_before_anything_is_copied() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_a_wav_that_is_written_as_it_comes_can_be_read_at_any_time(tmp_path: Path) -> None:
+    path = tmp_path / "partial.wav"
+    writer = audio.WavWriter(path, 24_000)
+    assert not path.exists()
+    writer.hear(torch.full((100,), 0.5))
+    writer.hear(torch.full((50,), 0.5))
+    with wave.open(str(path)) as file:
+        assert file.getnframes() == 150
+    writer.close()

@@ -1,4 +1,4 @@
-"""Audio at the edge: bytes of any sound format <-> mono float32 PCM tensors ``[samples]``, and 16-bit WAV out.
+"""Whole clips: bytes of the common sound formats -> mono float32 PCM tensors ``[samples]``, and 16-bit WAV out.
 
 Nothing that a file says about itself is believed: sizes are counted while reading, and every limit is checked before
 the work that it bounds. Knows no codec, no model and no HTTP. Formats are libsndfile's, through soundfile.
@@ -68,6 +68,26 @@ def write_wav(path: str | Path, pcm: torch.Tensor, sample_rate: int) -> None:
     Path(path).write_bytes(encode_wav(pcm, sample_rate))
 
 
+class WavWriter:
+    """Writes chunks into a WAV as they come. There is no file before the first sound."""
+
+    def __init__(self, path: Path, sample_rate: int) -> None:
+        self._path, self._sample_rate = path, sample_rate
+        self._file: wave.Wave_write | None = None
+
+    def hear(self, chunk: torch.Tensor) -> None:
+        if self._file is None:
+            self._file = wave.open(str(self._path), "wb")  # noqa: SIM115 -- open for the length of the stream
+            self._file.setnchannels(1)
+            self._file.setsampwidth(2)
+            self._file.setframerate(self._sample_rate)
+        self._file.writeframes(pcm16_bytes(chunk))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def read_audio(path: str | Path, sample_rate: int, max_seconds: float = MAX_SECONDS) -> torch.Tensor:
     """Read a sound file as ``decode_audio`` does. Raises AudioDecodeError, also when the file is not there."""
     file = Path(path)
@@ -122,13 +142,21 @@ def decode_audio(
         raise AudioDecodeError(
             "These bytes are not audio that can be read: send a complete wav, flac, ogg or mp3 file.", "audio"
         ) from error
+    return usable(pcm, rate, sample_rate)
+
+
+def usable(pcm: torch.Tensor, source_rate: int, sample_rate: int) -> torch.Tensor:
+    """The end of every decoder: PCM ``[samples]`` at ``source_rate`` Hz -> at ``sample_rate`` Hz, within full scale.
+
+    Raises AudioDecodeError for a clip that is empty or silent.
+    """
     peak = float(pcm.abs().max()) if pcm.numel() else 0.0
     if peak < SILENCE_PEAK:
         what = "silent (nothing above -60 dBFS)" if pcm.numel() else "empty"
         raise AudioDecodeError(f"The audio is {what}: send a clip with speech in it.", "audio")
     if peak > 1:  # float files may pass full scale; some hold 16-bit integers as floats
         pcm = pcm / peak
-    return _resample(pcm, rate, sample_rate)
+    return resample(pcm, source_rate, sample_rate)
 
 
 class _Bytes(io.BytesIO):
@@ -144,13 +172,22 @@ class _Bytes(io.BytesIO):
 def _check_header(file: soundfile.SoundFile) -> None:
     if file.format not in CONTAINERS:
         raise AudioDecodeError(f"Audio in the format {file.format} is not read: send wav, flac, ogg or mp3.", "audio")
+    check_shape(file.samplerate, file.channels)
+
+
+def check_shape(sample_rate: int, channels: int) -> None:
+    """What a file says of itself, before memory is taken for it. Raises AudioDecodeError."""
     low, high = SAMPLE_RATES
-    if not low <= file.samplerate <= high:
+    if not low <= sample_rate <= high:
         raise AudioDecodeError(
-            f"The audio says its sample rate is {file.samplerate} Hz; {low} to {high} Hz can be used.", "audio"
+            f"The audio says its sample rate is {sample_rate} Hz; {low} to {high} Hz can be used.", "audio"
         )
-    if file.channels > MAX_CHANNELS:
-        raise AudioDecodeError(f"The audio has {file.channels} channels; at most {MAX_CHANNELS} are read.", "audio")
+    if channels > MAX_CHANNELS:
+        raise AudioDecodeError(f"The audio has {channels} channels; at most {MAX_CHANNELS} are read.", "audio")
+
+
+def too_long(max_seconds: float) -> AudioDecodeError:
+    return AudioDecodeError(f"The audio is longer than {max_seconds:g} s: send a shorter clip.", "audio")
 
 
 def _read_mono(file: soundfile.SoundFile, max_seconds: float) -> torch.Tensor:
@@ -161,14 +198,17 @@ def _read_mono(file: soundfile.SoundFile, max_seconds: float) -> torch.Tensor:
     while len(block := file.read(frames=file.samplerate, dtype="float32", always_2d=True)):
         total += len(block)
         if total > limit:
-            raise AudioDecodeError(f"The audio is longer than {max_seconds:g} s: send a shorter clip.", "audio")
+            raise too_long(max_seconds)
         if not np.isfinite(block).all():
             raise AudioDecodeError("The audio holds NaN or infinite samples.", "audio")
         blocks.append(block.mean(axis=1, dtype=np.float64).astype(np.float32))  # float32 sums of huge floats overflow
     return torch.from_numpy(np.concatenate(blocks)) if blocks else torch.zeros(0)
 
 
-def _resample(pcm: torch.Tensor, source: int, target: int) -> torch.Tensor:
+def resample(pcm: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    """PCM ``[samples]`` at ``source`` Hz -> at ``target`` Hz."""
+    if not len(pcm):
+        return pcm
     # torchaudio's filter has source * target / gcd^2 taps: 44,101 -> 24,000 Hz would take 4 GB. Every rate in use is a
     # multiple of 25 Hz; an odd one is taken as the nearest multiple, which shifts its pitch by 0.3 % at most.
     nearest = 25 * round(source / 25)
