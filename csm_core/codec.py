@@ -4,7 +4,8 @@ Knows nothing of text, requests or the language model. Everything here is fp32: 
 Shapes: B/slots streams, n frames, K codebooks, S samples.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any
@@ -13,16 +14,21 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.modules import SEANetDecoder, SEANetEncoder
 from moshi.modules.streaming import StreamingContainer
-from moshi.modules.transformer import ProjectedTransformer, RingKVCache
+from moshi.modules.transformer import ProjectedTransformer, RingKVCache, set_attention_context
 from moshi.quantization import SplitResidualVectorQuantizer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 
 from csm_core.config import CodecConfig
+from csm_core.empty_weights import empty_weights
 from csm_core.errors import InvalidInputError, ShapeMismatchError
+from csm_core.streaming_decoder import Record, StreamingDecoder, Weights
 
-# A longer push is cut into pieces of this many frames: the attention cache needs room for one piece (see DecodeStream).
-PIECE = 16
+logger = logging.getLogger(__name__)
+
+# A longer push is cut into pieces of this many frames: attention's ring of keys needs room for one piece, and what 16
+# frames need at once no longer fits a processor's cache (8 frames: 8.4 ms each, 16: 9.0 ms).
+PIECE = 8
 
 _PLAIN = ExitStack()
 
@@ -151,65 +157,117 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device
     module.requires_grad_(False)
 
 
-class DecodeStream:
-    """Decoder state for ``slots`` rows that advance and restart independently; ``Codec.stream`` makes it.
+class _PlainDecoder:
+    """moshi's own modules as a decoder of ``slots`` rows.
 
-    moshi keeps streaming state inside its modules. Here it is put in for the length of a push and taken out again, so
+    moshi keeps streaming state inside its modules. Here it is put in for the length of a pass and taken out again, so
     that any number of streams and plain ``decode`` calls can share one set of weights.
     """
 
-    def __init__(self, decoder: _Decoder, lock: Lock, check: Callable[[Tensor, int], None], slots: int) -> None:
+    def __init__(self, decoder: _Decoder, lock: Lock, slots: int, context: int) -> None:
         self._decoder = decoder
         self._lock = lock
-        self._check = check
-        self.slots = slots
-        with lock, decoder.streaming(slots):
-            self._states: dict[str, Any] = decoder.get_streaming_state()
+        # moshi's ring of keys holds exactly the attention's context: writing a chunk first overwrites what the chunk's
+        # first positions should still see, and streaming differs from offline after 10 s. So: longer by a piece.
+        with lock:
+            set_attention_context(decoder, context + PIECE * decoder.upsample.convtr.convtr.convtr.stride[0])
+            try:
+                with decoder.streaming(slots):
+                    self._states: dict[str, Any] = decoder.get_streaming_state()
+            finally:
+                set_attention_context(decoder, context)
         self._absent = dict.fromkeys(self._states)
-        device = next(decoder.parameters()).device
-        self._active = torch.ones(slots, dtype=torch.bool, device=device)
+        self._active = torch.ones(slots, dtype=torch.bool, device=next(decoder.parameters()).device)
         for state in self._states.values():
             state.exec_mask = self._active  # one mask for all modules instead of forty copies of it
-            if isinstance(getattr(state, "kv_cache", None), RingKVCache):
-                state.kv_cache = _with_room(state.kv_cache, decoder)
 
-    @torch.no_grad()
-    def push(self, codes: Tensor, active: Tensor | None = None) -> Tensor:
-        """The next n frames of every slot: codes int ``[slots, n, K]`` -> PCM float32 ``[slots, n * frame_size]``.
+    @property
+    def state(self) -> Sequence[Tensor]:
+        values = [
+            value for state in self._states.values() for name, value in vars(state).items() if name != "exec_mask"
+        ]
+        rings = [value for value in values if isinstance(value, RingKVCache)]
+        return [
+            *(value for value in values if isinstance(value, Tensor)),
+            *(ring.end_offset for ring in rings),
+            *(ring.cache.transpose(0, 1) for ring in rings),
+        ]
 
-        Where ``active`` (bool ``[slots]``) is false the slot's state stays as it is and its PCM means nothing. Raises
-        InvalidInputError as ``decode`` does; codes already on an accelerator are trusted, a check would wait for it.
-        """
-        self._check(codes, 3)
-        device = self._active.device
-        self._active.copy_(torch.ones_like(self._active) if active is None else active)
-        columns = codes.to(device).transpose(1, 2)  # [slots, K, n]
-        if not columns.shape[-1]:
-            return torch.zeros(self.slots, 0, device=device)
+    def decode(self, codes: Tensor, active: Tensor) -> Tensor:
+        b, slots = len(codes), len(self._active)
+        self._active.zero_()
+        self._active[:b] = active
+        columns = nn.functional.pad(codes, (0, 0, 0, 0, 0, slots - b)).transpose(1, 2)  # [slots, K, n]
         with self._lock:
             self._decoder.set_streaming_state(self._states)
             try:
-                pieces = [self._decoder(piece) for piece in torch.split(columns, PIECE, dim=-1)]
+                pcm: Tensor = self._decoder(columns)
             finally:
                 self._decoder.set_streaming_state(self._absent)
+        return pcm[:b]
+
+
+class DecodeStream:
+    """Decoder state for ``slots`` rows that advance and restart independently; ``Codec.stream`` makes it.
+
+    On CUDA its work goes through a stream of its own, beside whatever else is queued there.
+    """
+
+    def __init__(
+        self, decoder: _PlainDecoder | StreamingDecoder, slots: int, check: Callable[[Tensor, int], None]
+    ) -> None:
+        self.slots = slots
+        self._decoder = decoder
+        self._check = check
+        self._device = decoder.state[0].device
+        self._queue = None
+        if self._device.type == "cuda":
+            self._queue = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._queue.wait_stream(torch.cuda.current_stream(self._device))  # which filled the state with zeros
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, allocated here and now, for all slots."""
+        return sum(tensor.nbytes for tensor in self._decoder.state)
+
+    @torch.no_grad()
+    def push(self, codes: Tensor, active: Tensor | None = None) -> Tensor:
+        """The next n frames of the first b slots: codes int ``[b, n, K]`` -> PCM float32 ``[b, n * frame_size]``.
+
+        The PCM is on the CPU: it was waited for, and nothing else on the device was. The state of the other slots stays
+        as it is, also where ``active`` (bool ``[b]``) is false; there the PCM means nothing. Raises InvalidInputError
+        as ``decode`` does, and for b > slots; codes already on an accelerator are trusted, a check would wait for it.
+        """
+        self._check(codes, 3)
+        b, n, _ = codes.shape
+        if b > self.slots:
+            raise InvalidInputError(f"This stream has {self.slots} slots, not {b}.", "codes")
+        if not n:
+            return torch.zeros(b, 0)
+        if self._queue is not None and codes.is_cuda:
+            self._queue.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._queue):
+            codes = codes.to(self._device)
+            active = torch.ones(b, dtype=torch.bool) if active is None else active
+            active = active.to(self._device)
+            pieces = [
+                self._decoder.decode(piece, active).to("cpu", copy=True) for piece in torch.split(codes, PIECE, 1)
+            ]
         return torch.cat(pieces, dim=-1)
 
     @torch.no_grad()
     def reset(self, slot: int) -> None:
         """Let one slot start afresh; the others do not notice."""
-        mask = torch.zeros_like(self._active)
-        mask[slot] = True
-        for state in self._states.values():
-            state.reset(mask)
+        with torch.cuda.stream(self._queue):
+            for tensor in self._decoder.state:
+                tensor[slot].zero_()
 
-
-def _with_room(ring: RingKVCache, decoder: _Decoder) -> RingKVCache:
-    """The same empty ring, longer by a piece. moshi's own holds exactly the attention's context: writing a chunk first
-    overwrites what the chunk's first positions should still see, and streaming differs from offline after 10 s.
-    """
-    positions = PIECE * decoder.upsample.convtr.convtr.convtr.stride[0]
-    _, slots, heads, context, dim = ring.cache.shape
-    return RingKVCache(slots, heads, dim, context + positions, device=ring.cache.device, dtype=ring.cache.dtype)
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """Let slot ``target`` go on where ``source`` is."""
+        with torch.cuda.stream(self._queue):
+            for tensor in self._decoder.state:
+                tensor[target] = tensor[source]
 
 
 class Codec:
@@ -222,13 +280,14 @@ class Codec:
         _run_plainly()
         self.config = config
         self.device = torch.device(device)
-        with torch.device("meta"):
+        with empty_weights():
             mimi = build_mimi(config)
         self._decoder = _Decoder(mimi)
         _load(self._decoder, _part(self._decoder, state), self.device)
         self._encoder = _Encoder(mimi)
         self._encoder_state: dict[str, Tensor] | None = _part(self._encoder, state)
-        self._decoder_lock = Lock()  # a stream puts its state into the modules while it runs
+        self._weights: Weights | None = None  # of the fast streams, made for the first
+        self._decoder_lock = Lock()  # a plain stream puts its state into the modules while it runs
         self._encoder_lock = Lock()
 
     @property
@@ -277,9 +336,24 @@ class Codec:
             pcm: Tensor = self._decoder(codes.to(self.device).T[None])
         return pcm[0]
 
-    def stream(self, slots: int = 1) -> "DecodeStream":
-        """Streaming decoding for ``slots`` independent rows, each as good as ``decode``."""
-        return DecodeStream(self._decoder, self._decoder_lock, self._check, slots)
+    def stream(self, slots: int = 1, fast: bool = True, record: Record | None = None) -> DecodeStream:
+        """Streaming decoding for ``slots`` independent rows, each as good as ``decode``.
+
+        ``fast``: our own StreamingDecoder; else moshi's modules, the plain path. ``record`` makes a CUDA graph of each
+        shape that the fast one decodes: see there.
+        """
+        stream = DecodeStream(self._rows(slots, fast, record), slots, self._check)
+        logger.info("The codec keeps %.1f MB for %d streams.", stream.nbytes / 1e6, slots)
+        return stream
+
+    @torch.no_grad()
+    def _rows(self, slots: int, fast: bool, record: Record | None) -> _PlainDecoder | StreamingDecoder:
+        if not fast:
+            return _PlainDecoder(self._decoder, self._decoder_lock, slots, self.config.transformer_context)
+        with self._decoder_lock:
+            if self._weights is None:
+                self._weights = Weights(self._decoder)
+        return StreamingDecoder(self._weights, slots, PIECE, record)
 
     def _check(self, codes: Tensor, ndim: int) -> None:
         if codes.ndim != ndim or codes.shape[-1] != self.num_codebooks or codes.is_floating_point():

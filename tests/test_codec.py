@@ -1,6 +1,11 @@
-"""The codec: shapes, its two halves, and that a stream is the offline pass whatever the chunks and the neighbours."""
+"""The codec: shapes, its two halves, and that a stream is the offline pass whatever the chunks and the neighbours.
+
+Every test of streams runs on both decoders: our own, and moshi's modules (``fast=False``).
+"""
 
 import itertools
+import logging
+import random
 import threading
 
 import pytest
@@ -13,7 +18,9 @@ from csm_core.codec import PIECE, Codec, build_mimi
 from csm_core.config import BUNDLED_CODEC, MIMI, CodecConfig
 from csm_core.errors import InvalidInputError, ShapeMismatchError
 
-FRAMES = 3 * PIECE + 2  # 100 positions: many times the tiny attention context of 12
+FRAMES = 6 * PIECE + 2  # 100 positions: many times the tiny attention context of 12
+
+both_decoders = pytest.mark.parametrize("fast", [True, False], ids=["own", "moshi"])
 
 
 @pytest.fixture(scope="module")
@@ -61,60 +68,73 @@ def test_decode_shape_and_sound(offline: torch.Tensor) -> None:
 def test_no_frames_no_sound(tiny_codec: Codec) -> None:
     nothing = torch.zeros(0, 2, dtype=torch.int64)
     assert tiny_codec.decode(nothing).shape == (0,)
-    assert tiny_codec.stream().push(nothing[None]).shape == (1, 0)
+    assert tiny_codec.stream(slots=2).push(nothing[None]).shape == (1, 0)
     assert tiny_codec.encode(torch.zeros(0)).shape == (0, 2)
 
 
-@settings(max_examples=25, deadline=None)
+@both_decoders
+@settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, FRAMES - 1), max_size=12))
 def test_any_chunking_equals_offline(
-    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, cuts: list[int]
+    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, fast: bool, cuts: list[int]
 ) -> None:
     edges = [0, *sorted(set(cuts)), FRAMES]
-    stream = tiny_codec.stream()
+    stream = tiny_codec.stream(fast=fast)
     pieces = [stream.push(codes[a:b][None])[0] for a, b in itertools.pairwise(edges)]
     torch.testing.assert_close(torch.cat(pieces), offline, rtol=0, atol=1e-5)
 
 
-def test_single_frames_equal_offline(tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor) -> None:
-    stream = tiny_codec.stream()
+@both_decoders
+def test_single_frames_equal_offline(tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, fast: bool) -> None:
+    stream = tiny_codec.stream(fast=fast)
     pieces = [stream.push(frame[None, None])[0] for frame in codes]
     torch.testing.assert_close(torch.cat(pieces), offline, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=6, deadline=None)
-@given(data=st.data())
-def test_rows_advance_on_their_own(
-    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, data: st.DataObject
-) -> None:
-    """Two rows with different codes and paces; what a masked row is fed leaves no trace."""
-    other = codes.flip(0)
-    wanted = [offline, tiny_codec.decode(other)]
-    stream = tiny_codec.stream(slots=2)
-    done, heard = [0, 0], [[], []]
-    while min(done) < FRAMES:
-        size = data.draw(st.integers(1, PIECE + 3))
-        active = [left >= size for left in (FRAMES - done[0], FRAMES - done[1])]
-        active[data.draw(st.integers(0, 1))] = False
-        if not any(active):
-            size, active = 1, [done[0] < FRAMES, done[1] < FRAMES]
-        batch = torch.full((2, size, 2), 7)
-        for row, source in enumerate((codes, other)):
-            if active[row]:
-                batch[row] = source[done[row] : done[row] + size]
-        sound = stream.push(batch, torch.tensor(active))
-        for row in range(2):
-            if active[row]:
-                heard[row].append(sound[row])
-                done[row] += size
-    for row in range(2):
-        torch.testing.assert_close(torch.cat(heard[row]), wanted[row], rtol=0, atol=1e-5)
+@both_decoders
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_equals_offline(tiny_codec: Codec, fast: bool, seed: int) -> None:
+    """Rows of their own pace: pushes of the first rows, masks, resets and moves; what a row is not to hear is noise."""
+    choose, slots = random.Random(seed), 4
+    codes = torch.randint(0, 61, (slots, 60, 2), generator=torch.Generator().manual_seed(seed))
+    whole = [tiny_codec.decode(row) for row in codes]
+    stream = tiny_codec.stream(slots, fast)
+    speakers = list(range(slots))  # whose codes a row decodes ...
+    at = [0] * slots  # ... and how many of them it has had
+    for _ in range(45):
+        action, row = choose.random(), choose.randrange(slots)
+        if action < 0.1:
+            stream.reset(row)
+            speakers[row], at[row] = choose.randrange(slots), 0
+        elif action < 0.2:
+            target = choose.choice([other for other in range(slots) if other != row])
+            stream.move(row, target)
+            speakers[target], at[target] = speakers[row], at[row]
+        else:
+            b, n = choose.randint(1, slots), choose.choice([1, 1, 1, 2, 3, PIECE + 1])
+            active = [choose.random() < 0.8 and at[i] + n <= 60 for i in range(b)]
+            pushed = torch.randint(0, 61, (b, n, 2))
+            for i in range(b):
+                if active[i]:
+                    pushed[i] = codes[speakers[i], at[i] : at[i] + n]
+            sound = stream.push(pushed, None if all(active) else torch.tensor(active))
+            assert sound.shape == (b, n * 1920)
+            for i in range(b):
+                if active[i]:
+                    wanted = whole[speakers[i]][at[i] * 1920 : (at[i] + n) * 1920]
+                    torch.testing.assert_close(sound[i], wanted, rtol=0, atol=1e-5)
+                    at[i] += n
+            for i in range(slots):
+                if at[i] > 60 - PIECE:
+                    stream.reset(i)
+                    at[i] = 0
 
 
+@both_decoders
 def test_a_reset_row_forgets_and_its_neighbour_does_not(
-    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor
+    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, fast: bool
 ) -> None:
-    stream = tiny_codec.stream(slots=2)
+    stream = tiny_codec.stream(slots=2, fast=fast)
     stream.push(torch.stack([codes[20:40], codes[:20]]))
     stream.reset(0)
     sound = stream.push(torch.stack([codes[:10], codes[20:30]]))
@@ -122,11 +142,49 @@ def test_a_reset_row_forgets_and_its_neighbour_does_not(
     torch.testing.assert_close(sound[1], offline[20 * 1920 : 30 * 1920], rtol=0, atol=1e-5)
 
 
+@both_decoders
+def test_a_moved_row_goes_on_elsewhere(
+    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, fast: bool
+) -> None:
+    stream = tiny_codec.stream(slots=3, fast=fast)
+    stream.push(torch.stack([codes[:20], codes[10:30], codes[20:40]]))
+    stream.move(2, 0)
+    stream.reset(2)
+    sound = stream.push(torch.stack([codes[40:44], codes[30:34]]))
+    offset = tiny_codec.decode(codes[20:44])[-4 * 1920 :]
+    torch.testing.assert_close(sound[0], offset, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sound[1], tiny_codec.decode(codes[10:34])[-4 * 1920 :], rtol=0, atol=1e-5)
+
+
+@both_decoders
+def test_more_rows_than_slots(tiny_codec: Codec, codes: torch.Tensor, fast: bool) -> None:
+    with pytest.raises(InvalidInputError, match="2 slots"):
+        tiny_codec.stream(slots=2, fast=fast).push(codes[:3, None])
+
+
+@both_decoders
+def test_state_is_allocated_and_logged_once(
+    tiny_codec: Codec, codes: torch.Tensor, fast: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "csm_core.codec"):
+        stream = tiny_codec.stream(slots=3, fast=fast)
+        places = [tensor.data_ptr() for tensor in stream._decoder.state]
+        stream.push(codes[:12].view(3, 4, 2))
+        stream.reset(1)
+    assert [tensor.data_ptr() for tensor in stream._decoder.state] == places
+    assert [record.message for record in caplog.records] == [
+        f"The codec keeps {stream.nbytes / 1e6:.1f} MB for 3 streams."
+    ]
+    attention = 2 * 16 * (12 + 2 * PIECE) * 4  # keys and values, 16 wide, of the context and a piece, fp32
+    assert 3 * attention < stream.nbytes < 3 * (attention + 8000)
+
+
+@both_decoders
 def test_streams_and_decode_share_the_weights_at_once(
-    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor
+    tiny_codec: Codec, codes: torch.Tensor, offline: torch.Tensor, fast: bool
 ) -> None:
     def speak(results: list[torch.Tensor]) -> None:
-        stream = tiny_codec.stream()
+        stream = tiny_codec.stream(fast=fast)
         results.append(torch.cat([stream.push(codes[i : i + 5][None])[0] for i in range(0, FRAMES, 5)]))
 
     results: list[torch.Tensor] = []

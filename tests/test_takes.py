@@ -12,6 +12,7 @@ from csm_core.engine.request import Chunk
 from csm_core.errors import SilentOutputError
 from csm_core.generator import Generator
 from csm_core.model.csm import CSM
+from csm_core.streaming_decoder import Record
 from csm_core.takes import FADE, Listener, levels
 from csm_core.text import TextTokenizer, character_tokenizer
 
@@ -43,8 +44,8 @@ class MutedCodec(Codec):
 
     gain: Callable[[int, int], float] = staticmethod(lambda take, frame: 1.0)
 
-    def stream(self, slots: int = 1) -> MutedStream:
-        stream = MutedStream(self._decoder, self._decoder_lock, self._check, slots)
+    def stream(self, slots: int = 1, fast: bool = True, record: Record | None = None) -> MutedStream:
+        stream = MutedStream(self._rows(slots, fast, record), slots, self._check)
         stream.codec = self
         return stream
 
@@ -79,6 +80,26 @@ def test_n_silent_takes_make_n_plus_1(
     assert len({take.seed for take in speech.takes}) == silent_takes + 1
     assert speech.takes[0].seed == speech.seed == 5
     assert min(levels(speech.audio[:WINDOW][None])) > -50
+
+
+@pytest.mark.parametrize(("temperature", "topk"), [(0.0, 50), (0.9, 1), (0.0, 1)])
+@pytest.mark.parametrize("silent_takes", [1, 2])
+def test_a_greedy_take_is_not_repeated(
+    generator: Generator, codec: MutedCodec, silent_takes: int, temperature: float, topk: int
+) -> None:
+    """Argmax knows no seed: what was silent at temperature 0 or top-k 1 would be silent again."""
+    codec.gain = lambda take, frame: 0.0 if take < silent_takes else 1.0
+    speech = generator.speak("hello", seed=5, max_audio_length_ms=1600, temperature=temperature, topk=topk)
+    assert [take.number for take in speech.takes] == list(range(silent_takes + 1))
+    assert speech.takes[0].temperature == temperature
+    assert all(take.temperature >= 0.3 and take.top_k >= 5 for take in speech.takes[1:])
+    codec.gain = lambda take, frame: 1.0
+    alone = [
+        generator.speak("hello", seed=take.seed, max_audio_length_ms=1600, temperature=take.temperature,
+                        topk=take.top_k).codes for take in speech.takes
+    ]  # fmt: skip
+    assert torch.equal(alone[-1], speech.codes)
+    assert len({tuple(codes.flatten().tolist()) for codes in alone}) == silent_takes + 1  # each drew differently
 
 
 @pytest.mark.parametrize("silent_takes", [1, 2])

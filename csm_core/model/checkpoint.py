@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from csm_core.config import CSM_1B, MIMI, ModelConfig
+from csm_core.empty_weights import empty_weights
 from csm_core.errors import (
     CheckpointError,
     CorruptFileError,
@@ -200,7 +200,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
     Each tensor goes from its file into memory that has its final dtype: the peak is the model and the largest tensor.
     Weights that are not those of the configuration raise ShapeMismatchError or CheckpointError before any is read.
     """
-    with torch.device("meta"), _Unfilled():
+    with empty_weights():
         model = CSM(checkpoint.config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     names = layouts.lm_names(checkpoint.layout, checkpoint.config)
@@ -219,16 +219,6 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
             raise CheckpointError(f"{published} differs from its twin, but CSM has one audio embedding for both.")
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()  # moves what is not a weight
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out torch.nn.init: on the meta device its random fills do nothing but load a compiler, for 2 to 4 s."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def _check_tensors(checkpoint: Checkpoint, names: Mapping[str, str], expected: Mapping[str, Shape]) -> None:
