@@ -64,11 +64,25 @@ def test_an_unknown_log_level_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"slots": 0}, {"queue_size": -1}, {"repeat_limit": 1}, {"chunk_schedule": ()}, {"chunk_schedule": (1, 0)}],
+    [
+        {"slots": 0},
+        {"queue_size": -1},
+        {"repeat_limit": 1},
+        {"chunk_schedule": ()},
+        {"chunk_schedule": (1, 0)},
+        {"prefill_piece": 0},
+        {"prefix_cache_bytes": -1},
+        {"lookahead": 2},
+    ],
 )
 def test_engines_that_cannot_run(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"EngineConfig|chunk_schedule"):
         EngineConfig(**values)
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(1, [1]), (5, [1, 2, 4, 4, 5]), (8, [1, 2, 4, 4, 8, 8, 8, 8])])
+def test_batches_double_up_to_all_slots(slots: int, sizes: list[int]) -> None:
+    assert [EngineConfig(slots=slots).bucket(rows) for rows in range(1, slots + 1)] == sizes
 
 
 @pytest.mark.parametrize("config", [MIMI, Settings(), EngineConfig(), Profile("x")])

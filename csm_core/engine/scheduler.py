@@ -6,7 +6,8 @@ The engine asks it what to do next and tells it what happened; it calls nobody.
 from collections import deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from csm_core.config import EngineConfig
 from csm_core.engine.request import Request
@@ -14,18 +15,32 @@ from csm_core.engine.request import Request
 Frame = tuple[int, ...]
 
 
-@dataclass
-class Progress:
-    """The frames of one running request: when a chunk is due, and when and why it is done.
+class Mark(NamedTuple):
+    """The ``end`` of a segment in a prompt: the position after it, and the digest of everything up to there."""
 
-    ``pending`` are frames that were made and not yet decoded. An EOS frame never gets there; of frames that repeat
-    until the limit, all but the first are taken back as far as they are still there.
+    end: int
+    digest: bytes
+
+
+@dataclass(eq=False)
+class Progress:
+    """One running request: what of its prompt is still to be read, the frames it got, when and why it is done.
+
+    It reads until ``speaks``: the ``pieces`` that are left, (start, stop) positions, of a prompt with these ``marks``.
+    ``launched`` counts the frames that were begun: none is begun that could not be used, however late the engine reads
+    what it holds. ``pending`` are frames that were made and not yet decoded. An EOS frame never gets there; of frames
+    that repeat until the limit, all but the first are taken back as far as they are still there.
     """
 
     request: Request
+    slot: int
+    max_frames: int
     chunk_schedule: Sequence[int]
     repeat_limit: int
-    max_frames: int
+    marks: Sequence[Mark] = ()
+    pieces: deque[tuple[int, int]] = field(default_factory=deque)
+    speaks: bool = False
+    launched: int = 0
     pending: list[Frame] = field(default_factory=list)
     frames: int = 0
     done: Literal["eos", "length", "silence"] | None = None
@@ -34,7 +49,7 @@ class Progress:
     _repeats: int = 0  # how often in a row the last frame came again
 
     def add(self, frame: Frame) -> None:
-        """Take in the frame that the step made."""
+        """Take in the frame that a step made."""
         if not any(frame):
             self.done = "eos"
             return
@@ -78,7 +93,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.waiting)
+        return not (self.running or self._follow_ups or self._newcomers)
 
     def add(self, request: Request) -> bool:
         """Queue a request; False, and nothing done, when the queue is full. A free slot counts as room."""
@@ -86,7 +101,7 @@ class Scheduler:
             self._follow_ups.append(request)
             return True
         room = self._config.queue_size + self._config.slots - len(self.running)
-        if len(self.waiting) >= room:
+        if len(self._follow_ups) + len(self._newcomers) >= room:
             return False
         self._newcomers.append(request)
         return True
@@ -96,19 +111,64 @@ class Scheduler:
         self._follow_ups = deque(request for request in self._follow_ups if request not in doomed)
         self._newcomers = deque(request for request in self._newcomers if request not in doomed)
 
-    def admit(self) -> tuple[int, Request] | None:
+    def admit(self) -> Progress | None:
         """Give the next request the lowest free slot; None if there is no such pair."""
-        slot = next((slot for slot in range(self._config.slots) if slot not in self.running), None)
         queue = self._follow_ups or self._newcomers
+        slot = next((slot for slot in range(self._config.slots) if slot not in self.running), None)
         if slot is None or not queue:
             return None
         request = queue.popleft()
         # The last frame is not fed back, so it needs no position of its own.
-        room = self._window - len(request.prompt) + 1
-        max_frames = min(request.params.max_frames, room)
-        self.running[slot] = Progress(request, self._config.chunk_schedule, self._config.repeat_limit, max_frames)
-        return slot, request
+        max_frames = min(request.params.max_frames, self._window - len(request.prompt) + 1)
+        progress = Progress(request, slot, max_frames, self._config.chunk_schedule, self._config.repeat_limit)
+        self.running[slot] = progress
+        return progress
 
-    def release(self, slot: int) -> Request:
-        """Free a slot."""
-        return self.running.pop(slot).request
+    def reader(self) -> Progress | None:
+        """Whose prompt is being read."""
+        return next((progress for progress in self.running.values() if not progress.speaks), None)
+
+    def speakers(self) -> list[Progress]:
+        """Who gets a frame in the next step, by slot."""
+        by_slot = (self.running[slot] for slot in sorted(self.running))
+        return [progress for progress in by_slot if progress.speaks and progress.launched < progress.max_frames]
+
+    def runs(self, progress: Progress) -> bool:
+        """Whether it still holds its slot."""
+        return self.running.get(progress.slot) is progress
+
+    def moves(self) -> list[tuple[int, int]]:
+        """Which speakers should go on in which free slots: the fewest (source, target) that make steps smallest."""
+        speaking = sorted((slot for slot, progress in self.running.items() if progress.speaks), reverse=True)
+        if not self._config.batch_buckets or not speaking:
+            return []
+        free = [slot for slot in range(speaking[0]) if slot not in self.running]
+        pairs = [(source, target) for source, target in zip(speaking, free, strict=False) if target < source]
+        tops = [  # the highest slot that speaks after the first n moves
+            max([*speaking[count:], *(target for _, target in pairs[:count])]) for count in range(len(pairs) + 1)
+        ]
+        sizes = [self._config.bucket(top + 1) for top in tops]
+        return pairs[: sizes.index(min(sizes))]
+
+    def move(self, source: int, target: int) -> None:
+        """What ran in one slot runs in another, free one."""
+        progress = self.running.pop(source)
+        progress.slot = target
+        self.running[target] = progress
+
+    def release(self, progress: Progress) -> None:
+        """Free its slot."""
+        del self.running[progress.slot]
+
+
+def cut(start: int, stop: int, marks: Sequence[Mark], longest: int) -> deque[tuple[int, int]]:
+    """Cut positions ``start`` .. ``stop`` - 1 at the end of each segment and every ``longest`` positions after one.
+
+    ``start`` is 0 or such an end: so a segment is always cut alike, whatever of the prompt was known before.
+    """
+    borders = [start, *(mark.end for mark in marks if start < mark.end < stop), stop]
+    return deque(
+        (position, min(position + longest, end))
+        for begin, end in pairwise(borders)
+        for position in range(begin, end, longest)
+    )

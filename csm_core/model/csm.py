@@ -2,22 +2,28 @@
 
 Training and inference share it. It knows nothing of text, audio, sampling or where weights come from.
 Shapes: B rows, T frames, K codebooks, V entries per codebook, S cached positions, D head size, N loose frames.
+With a cache, all that a pass does is on tensors of fixed shape: no value is read on the host, so a pass can be compiled
+and recorded.
 Architecture: Sesame's "Crossing the uncanny valley of voice" and its CSM-1B release; blocks as in Llama 3.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm_core.config import ModelConfig, RopeScaling, StackConfig
-from csm_core.model.kv_cache import KVCache
+from csm_core.model.kv_cache import KVCache, write
 
 ABSENT = -1  # in a frame's column: nothing there, adds no embedding
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> what q [B, heads, T, D] attends to
+Rotation = tuple[Tensor, Tensor]  # cosine and signed sine, [B or 1, 1, T, D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> what q [B, heads, T, D] attends to
+LayerAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same, told the layer
 Pick = Callable[[Tensor, int], Tensor]  # (logits [B, V], codebook) -> codes [B]
 
 
@@ -40,7 +46,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
 
 
 class Rotary(nn.Module):
-    """Cosine and sine tables ``[length, head_dim / 2]``: always fp32 and always filled.
+    """Tables ``[length, head_dim]`` of cosines and of sines, negative in their first half: always fp32, always filled.
 
     Built on the CPU even under ``torch.device("meta")``, so a model whose weights are assigned later needs no more than
     ``.to(device)``; rebuilt after ``.to()`` and ``to_empty()``, which would round them to bf16 or leave them unset.
@@ -57,23 +63,28 @@ class Rotary(nn.Module):
     def _build(self, device: torch.device) -> None:
         frequencies = rotary_frequencies(self.head_dim, self.theta, self.scaling)
         angles = torch.arange(self.length, device="cpu").float()[:, None] * frequencies
-        self.register_buffer("cos", angles.cos().to(device), persistent=False)
-        self.register_buffer("sin", angles.sin().to(device), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(device), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._build(self.cos.device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``positions`` [B, T] -> cos, sin [B, 1, T, D / 2], ready to meet heads."""
+    def forward(self, positions: Tensor) -> Rotation:
+        """``positions`` [B, T] -> cos, sin [B, 1, T, D], ready to meet heads."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D / 2) of ``x`` [B, heads, T, D] in fp32; the half-split layout of Transformers."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs (i, i + D / 2) of ``x`` [B, heads, T, D] in fp32; the half-split layout of Transformers.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): three operations where each half by itself takes seven.
+    """
+    cos, sin = rotation
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def attend_causally(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,17 +92,14 @@ def attend_causally(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Grouped-query attention with the query heads of a group laid out as further queries of their one KV head.
 
     Equal to repeating K and V, without the copies, and open to kernels that take a mask but no groups.
-    ``q`` [B, heads, T, D], ``k``/``v`` [B, kv_heads, S, D], ``mask`` [B, 1, T, S], true where allowed.
+    ``q`` [B, heads, T, D], ``k``/``v`` [B, kv_heads, S, D], ``mask`` [B, 1, groups * T, S] is
+    added to the scores.
     """
-    batch, heads, length, head_dim = q.shape
-    groups = heads // k.shape[1]
-    if mask is not None:
-        mask = mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, groups * T, S]
-    folded = q.reshape(batch, -1, groups * length, head_dim)
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -104,12 +112,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(stack.dim, stack.kv_heads * stack.head_dim, bias=False)
         self.o_proj = nn.Linear(stack.heads * stack.head_dim, stack.dim, bias=False)
 
-    def forward(self, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         split = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)  # [B, heads, T, D]
         k = self.k_proj(x).unflatten(-1, split).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)
-        out: Tensor = attend(layer, rotate(q, *rotation), rotate(k, *rotation), v)
+        out: Tensor = attend(rotate(q, rotation), rotate(k, rotation), v)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -134,31 +142,98 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(stack.dim, eps=norm_eps)
         self.mlp = MLP(stack)
 
-    def forward(self, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), layer, rotation, attend)
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rotation, attend)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
+class Place(NamedTuple):
+    """Where the positions of a pass stand: their rotation, where a cache keeps them, what they see of it.
+
+    ``at`` [B * kv_heads * T] is ``KVCache.index``; ``mask`` [B, 1, groups * T, S] is ``KVCache.mask``, laid out for
+    ``attend_grouped``; ``rows`` [B] are the cache's rows, None for the first B.
+    """
+
+    rotation: Rotation
+    at: Tensor
+    mask: Tensor
+    rows: Tensor | None
+
+
+def cached_block(block: nn.Module, x: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+    """One layer over its part of a cache: write there first, then attend to what is there.
+
+    Nothing but tensors goes in, and the same for every layer: compiled once, it serves all layers of a stack.
+    """
+
+    def keep(kept: Tensor, new: Tensor) -> Tensor:
+        write(kept, new, place.at)
+        seen = kept[:, :, : place.mask.shape[-1]]
+        return seen[: x.shape[0]] if place.rows is None else seen[place.rows]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_grouped(q, keep(keys, k), keep(values, v), place.mask)
+
+    out: Tensor = block(x, place.rotation, attend)
+    return out
+
+
+RunBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Place], Tensor]  # cached_block, or a compiled one
+
+
 class Stack(nn.Module):
-    """Llama-style transformer; how a position sees others is the caller's ``attend``."""
+    """Llama-style transformer over a whole sequence, or over the next positions of one whose past is cached."""
 
     def __init__(self, stack: StackConfig, max_len: int, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(stack, config.norm_eps) for _ in range(stack.layers))
         self.norm = nn.RMSNorm(stack.dim, eps=config.norm_eps)
         self.rotary = Rotary(stack.head_dim, max_len, config.rope_theta, config.rope_scaling)
+        self.groups = stack.heads // stack.kv_heads
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: LayerAttend = attend_causally) -> Tensor:
         """``x`` [B, T, dim] at ``positions`` [B, T] or [1, T] -> the same shape, after the final norm."""
         # The residual keeps the weights' dtype: under autocast a bf16 input with an fp32 norm weight would be both
         # less exact and off the fused path of RMSNorm.
         x = x.to(self.norm.weight.dtype)
         rotation = self.rotary(positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, index, rotation, attend)
+            x = layer(x, rotation, partial(attend, index))
         out: Tensor = self.norm(x)
         return out
+
+    def place(self, cache: KVCache, positions: Tensor, rows: Tensor | None = None) -> Place:
+        """What ``step`` needs to know of ``positions`` [B, T] in ``rows`` [B] (default 0 .. B-1) of ``cache``."""
+        mask = cache.mask(positions).unsqueeze(2).expand(-1, -1, self.groups, -1, -1).flatten(2, 3)
+        return Place(self.rotary(positions), cache.index(positions, rows), mask, rows)
+
+    def step(self, x: Tensor, cache: KVCache, place: Place, run: RunBlock = cached_block) -> Tensor:
+        """``x`` [B, T, dim] at a place in the cache -> the same shape, after the final norm."""
+        x = x.to(self.norm.weight.dtype)
+        for index, layer in enumerate(self.layers):
+            x = run(layer, x, cache.keys[index], cache.values[index], place)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Scratch:
+    """What ``decode_frame`` needs beside the weights for up to ``rows`` rows, and then does not allocate.
+
+    That is the depth decoder's cache, and its positions: 0 and 1 in one pass, then each by itself.
+    """
+
+    def __init__(self, model: "CSM", rows: int) -> None:
+        count, table = model.config.num_codebooks, model.audio_embedding.weight
+        self.cache = KVCache(model.config.depth, rows, count, table.dtype, table.device)
+        positions = torch.arange(count, device=table.device).unsqueeze(0)
+        passes = [positions[:, :2], *(positions[:, k : k + 1] for k in range(2, count))]
+        everywhere = torch.arange(rows, device=table.device)
+        self._places = [model.depth.place(self.cache, each, everywhere)._replace(rows=None) for each in passes]
+
+    def places(self, rows: int) -> list[Place]:
+        """Those of the first ``rows`` rows, one for each pass."""
+        return [place._replace(at=place.at[: len(place.at) // self.cache.rows * rows]) for place in self._places]
 
 
 class CSM(nn.Module):
@@ -215,6 +290,7 @@ class CSM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
+        run: RunBlock = cached_block,
     ) -> Tensor:
         """``frames`` [B, T, K+1] -> hidden [B, T, dim] after the final norm; ``positions`` [B, T], default 0 .. T-1.
 
@@ -225,13 +301,21 @@ class CSM(nn.Module):
         batch, length = frames.shape[:2]
         if positions is None:
             positions = torch.arange(length, device=frames.device).unsqueeze(0)
-        attend = attend_causally if cache is None else cached_attention(cache, positions.expand(batch, -1), rows)
-        hidden: Tensor = self.backbone(self.embed(frames), positions, attend)
-        return hidden
+        x = self.embed(frames)
+        if cache is None:
+            hidden: Tensor = self.backbone(x, positions)
+            return hidden
+        return self.backbone.step(x, cache, self.backbone.place(cache, positions.expand(batch, -1), rows), run)
 
     def codebook0_logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [..., dim] -> logits of codebook 0 [..., V]."""
         logits: Tensor = self.codebook0_head(hidden)
+        return logits
+
+    def audio_logits(self, hidden: Tensor, codebook: int) -> Tensor:
+        """The depth decoder's ``hidden`` [N, depth dim] -> logits of a ``codebook`` >= 1 [N, V]."""
+        head = self.audio_head[codebook - 1]  # a matrix, or what quantize.py put in its place: a module that multiplies
+        logits: Tensor = head(hidden) if isinstance(head, nn.Module) else hidden @ head
         return logits
 
     def depth_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
@@ -245,51 +329,23 @@ class CSM(nn.Module):
         previous = self.audio_embedding(codes[:, :-1] + offsets)  # [N, K-1, dim]
         x = self.projection(torch.cat((hidden.unsqueeze(1).type_as(previous), previous), dim=1))
         positions = torch.arange(count, device=codes.device).unsqueeze(0)
-        out = self.depth(x, positions, attend_causally)[:, 1:]
+        out = self.depth(x, positions)[:, 1:]
         return torch.matmul(out.transpose(0, 1), self.audio_head).transpose(0, 1)
 
-    def decode_frame(self, hidden: Tensor, pick: Pick) -> Tensor:
+    def decode_frame(
+        self, hidden: Tensor, pick: Pick, scratch: Scratch | None = None, run: RunBlock = cached_block
+    ) -> Tensor:
         """Choose the K codes of one frame per row: ``hidden`` [B, dim] -> codes int64 [B, K]; no host sync.
 
         ``pick(logits [B, V], k)`` chooses codebook k's codes [B] from the logits given the codebooks before it.
+        ``scratch`` is one for B rows or more; by default it is made anew.
         """
-        count, entries = self.config.num_codebooks, self.config.audio_vocab_size
-        cache = KVCache(self.config.depth, hidden.shape[0], count, hidden.dtype, hidden.device)
+        scratch = scratch or Scratch(self, hidden.shape[0])
+        scratch.cache.clear(hidden.shape[0])
         codes = [pick(self.codebook0_logits(hidden), 0)]
-        x = torch.stack((hidden, self.audio_embedding(codes[0])), dim=1)  # positions 0 and 1 in one pass
-        for k in range(1, count):
-            first = 0 if k == 1 else k
-            positions = torch.arange(first, k + 1, device=hidden.device).unsqueeze(0)
-            out = self.depth(self.projection(x), positions, depth_attention(cache, first, k + 1))
-            codes.append(pick(out[:, -1] @ self.audio_head[k - 1], k))
-            x = self.audio_embedding(codes[k] + k * entries).unsqueeze(1)
+        x = torch.stack((hidden, self.audio_embedding(codes[0])), dim=1)
+        for k, place in enumerate(scratch.places(hidden.shape[0]), start=1):
+            out = self.depth.step(self.projection(x), scratch.cache, place, run)
+            codes.append(pick(self.audio_logits(out[:, -1], k), k))
+            x = self.audio_embedding(codes[k] + k * self.config.audio_vocab_size).unsqueeze(1)
         return torch.stack(codes, dim=1)
-
-
-def cached_attention(cache: KVCache, positions: Tensor, rows: Tensor | None) -> Attend:
-    """Write to the cache, then attend to it: positions [B, T] differ from row to row."""
-    batch = positions.shape[0]
-    at = torch.arange(batch, device=positions.device) if rows is None else rows
-    mask = (torch.arange(cache.max_len, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, k, v, positions, at)
-        keys, values = cache.keys[layer], cache.values[layer]
-        if rows is None:  # the usual step: a view of the first rows, no copy
-            return attend_grouped(q, keys[:batch], values[:batch], mask)
-        return attend_grouped(q, keys[rows], values[rows], mask)
-
-    return attend
-
-
-def depth_attention(cache: KVCache, start: int, stop: int) -> Attend:
-    """Write positions ``start`` .. ``stop`` - 1, the same for all rows, then attend to those written so far."""
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.keys[layer, :, :, start:stop] = k
-        cache.values[layer, :, :, start:stop] = v
-        if start == 0:
-            return attend_causally(layer, q, k, v)
-        return attend_grouped(q, cache.keys[layer, :, :, :stop], cache.values[layer, :, :, :stop])
-
-    return attend

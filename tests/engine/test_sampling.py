@@ -7,18 +7,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csm_core.engine.sampling import gumbel, mix, sample
+from csm_core.engine.sampling import Draw, gumbel, mix, sample
 
 
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+def drawn(
+    logits: torch.Tensor, noise: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """As the runner draws: without noise where the temperature is 0."""
+    limit = min(limit, logits.shape[-1])
+    return sample(logits, noise * (temperature > 0).unsqueeze(1), Draw.of(temperature, top_k, limit), limit)
+
+
 def draw(logits: torch.Tensor, count: int, temperature: float = 1.0, top_k: int = 1000, seed: int = 0) -> torch.Tensor:
     """``count`` draws from one row of logits: one a frame."""
     noise = gumbel(torch.full((count,), seed), torch.arange(count), 1, len(logits))[:, 0]
     heat, k = torch.full((count,), temperature), torch.full((count,), top_k)
-    return sample(logits.expand(count, -1), noise, heat, k, top_k)
+    return drawn(logits.expand(count, -1), noise, heat, k, top_k)
 
 
 def lowbias32(x: int) -> int:
@@ -104,16 +112,16 @@ def test_temperature_zero_and_top_1_are_argmax() -> None:
     noise = gumbel(torch.arange(100), torch.zeros(100, dtype=torch.int64), 1, 33)[:, 0]
     best = logits.argmax(-1)
     ones, many = torch.ones(100, dtype=torch.int64), torch.full((100,), 33)
-    assert torch.equal(sample(logits, noise, torch.zeros(100), many, 33), best)
-    assert torch.equal(sample(logits, noise, torch.full((100,), 5.0), ones, 33), best)
+    assert torch.equal(drawn(logits, noise, torch.zeros(100), many, 33), best)
+    assert torch.equal(drawn(logits, noise, torch.full((100,), 5.0), ones, 33), best)
 
 
 def test_rows_have_their_own_settings() -> None:
     logits = torch.randn(1, 50).expand(4, -1)
     noise = gumbel(ints(9, 9, 9, 9), ints(0, 0, 0, 0), 1, 50)[:, 0]
     heat, k = torch.tensor([0.0, 1.0, 1.0, 2.0]), ints(50, 1, 7, 50)
-    together = sample(logits, noise, heat, k, 50)
-    alone = [sample(logits[:1], noise[:1], heat[i : i + 1], k[i : i + 1], int(k[i])) for i in range(4)]
+    together = drawn(logits, noise, heat, k, 50)
+    alone = [drawn(logits[:1], noise[:1], heat[i : i + 1], k[i : i + 1], int(k[i])) for i in range(4)]
     assert together.tolist() == [code.item() for code in alone]
 
 
@@ -125,8 +133,8 @@ def test_a_row_does_not_depend_on_its_place() -> None:
     noise = gumbel(seeds, frames, 3, 53)
     assert torch.equal(gumbel(seeds[order], frames[order], 3, 53), noise[order])
     assert torch.equal(gumbel(seeds[20:21], frames[20:21], 3, 53), noise[20:21])
-    codes = sample(logits, noise[:, 1], heat, k, 53)
-    assert torch.equal(sample(logits[order], noise[order, 1], heat[order], k[order], 53), codes[order])
+    codes = drawn(logits, noise[:, 1], heat, k, 53)
+    assert torch.equal(drawn(logits[order], noise[order, 1], heat[order], k[order], 53), codes[order])
 
 
 def test_banned_entries_are_never_drawn() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csm_core.config import CSM_1B, ModelConfig, RopeScaling, StackConfig
-from csm_core.model.csm import ABSENT, CSM, attend_causally, rotary_frequencies, rotate
+from csm_core.model.csm import ABSENT, CSM, Scratch, rotary_frequencies, rotate
 from csm_core.model.kv_cache import KVCache
 
 CONFIG = ModelConfig(
@@ -167,8 +167,8 @@ def test_rotated_scores_depend_on_distance_only(model):
     rotary = model.backbone.rotary
 
     def score(query_at, key_at):
-        turned_q = rotate(q, *rotary(torch.tensor([[query_at]])))
-        turned_k = rotate(k, *rotary(torch.tensor([[key_at]])))
+        turned_q = rotate(q, rotary(torch.tensor([[query_at]])))
+        turned_k = rotate(k, rotary(torch.tensor([[key_at]])))
         return (turned_q * turned_k).sum()
 
     torch.testing.assert_close(score(9, 4), score(25, 20), rtol=1e-5, atol=1e-5)
@@ -182,7 +182,7 @@ def test_rotated_scores_depend_on_distance_only(model):
 def test_causal_by_gradient(model, name):
     stack, dim = getattr(model, name), getattr(CONFIG, name).dim
     x = torch.randn(1, 4, dim, requires_grad=True)
-    out = stack(x, torch.arange(4).unsqueeze(0), attend_causally)
+    out = stack(x, torch.arange(4).unsqueeze(0))
     for t in range(4):
         (gradient,) = torch.autograd.grad(out[0, t].square().sum(), x, retain_graph=True)
         reached = gradient[0].abs().sum(-1) > 0
@@ -262,7 +262,7 @@ def test_rows_of_different_lengths_with_right_padding(model, window):
 def test_a_copied_prefix_continues_like_its_source(model):
     frames, cache = make_frames(1, 12), make_cache(2)
     model.forward_backbone(frames[:, :8], cache=cache)
-    cache.copy_prefix(src_row=0, dst_row=1, length=6)
+    cache.copy_prefix(source=0, target=1, length=6)
     rest = model.forward_backbone(frames[:, 6:], torch.arange(6, 12).unsqueeze(0), cache, torch.tensor([1]))
     torch.testing.assert_close(rest, model.forward_backbone(frames)[:, 6:], rtol=0, atol=1e-5)
 
@@ -306,6 +306,13 @@ def test_decode_frame_takes_whatever_was_picked_and_keeps_rows_apart(model):
     torch.testing.assert_close(torch.stack(logits[1:], 1), model.depth_logits(hidden, forced), rtol=0, atol=1e-5)
     alone = model.decode_frame(hidden[1:], argmax)
     assert torch.equal(model.decode_frame(hidden, argmax)[1:], alone)
+
+
+@torch.inference_mode()
+def test_a_frame_does_not_see_the_scratch_of_the_last(model):
+    hidden, scratch = torch.randn(2, 32), Scratch(model, 3)
+    model.decode_frame(hidden * torch.nan, argmax, scratch)
+    assert torch.equal(model.decode_frame(hidden, argmax, scratch), model.decode_frame(hidden, argmax))
 
 
 def test_a_step_reads_no_value_on_the_host():

@@ -48,11 +48,13 @@ def test_split_pairs_keeps_attention_scores():
     x = torch.randn(length, dim)
     query, key = torch.randn(2 * head_dim, dim), torch.randn(2 * head_dim, dim)
     angles = torch.arange(length)[:, None] * rotary_frequencies(head_dim, 100.0, None)
+    cos, sin = angles.cos(), angles.sin()
+    rotation = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     for head in (0, 1):
         rows = slice(head * head_dim, (head + 1) * head_dim)
         expected = interleaved_rotation(x @ query[rows].T, angles) @ interleaved_rotation(x @ key[rows].T, angles).T
         q, k = (
-            rotate((x @ layouts.split_pairs(weight, head_dim)[rows].T)[None, None], angles.cos(), angles.sin())[0, 0]
+            rotate((x @ layouts.split_pairs(weight, head_dim)[rows].T)[None, None], rotation)[0, 0]
             for weight in (query, key)
         )
         torch.testing.assert_close(q @ k.T, expected, atol=1e-4, rtol=1e-4)
