@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from csm_core.codec import Codec
-from csm_core.config import CodecConfig, Profile, Settings
+from csm_core.config import CodecConfig, Profile, Quantization, Settings
+from csm_core.device import free_memory, pick_device
 from csm_core.engine.engine import Engine
+from csm_core.engine.memory import Precision, Shapes, check_fits, weight_bytes
 from csm_core.engine.request import FinishReason
 from csm_core.errors import CheckpointError, InvalidInputError
 from csm_core.model.checkpoint import find_checkpoint, load_codec_state, load_model, load_tokenizer
 from csm_core.model.csm import CSM
+from csm_core.model.quantize import choose, layers_for, quantize
 from csm_core.prompt import EncodedSegment, Segment, Turn, build_prompt, fit_context, segment_length
 from csm_core.silence import Take, derive_seed
+from csm_core.spelling import spell_out
 from csm_core.takes import Account, Sentence, Speech, SpeechStream, speak_sentence
-from csm_core.text import TextTokenizer, check_speaker, clean, spell_out, split_sentences
-from csm_core.voices import CodesCache, Voice, load_voice
+from csm_core.text import TextTokenizer, check_speaker, clean, split_sentences
+from csm_core.voices import CodesCache, Voice, VoiceCache
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +93,7 @@ class Generator:
         self._profile = profile
         self._config = model.config
         self._cache = CodesCache()
+        self._voices = VoiceCache(codec.sample_rate)
         self._engine = Engine(model, codec, self._settings.engine)
 
     @property
@@ -281,7 +286,7 @@ class Generator:
         if voice is None:
             return []
         if isinstance(voice, str | Path):
-            voice = load_voice(voice, self._settings.voices, self.sample_rate)
+            voice = self._voices.get(voice, self._settings.voices)
         if not isinstance(voice, Voice):
             raise InvalidInputError("voice must be the name of a voice, or a Voice.", "voice")
         return [self._hear(segment, speaker, "voice") for segment in voice.segments]
@@ -334,35 +339,18 @@ def _whole(param: str, value: int, low: int, high: int) -> int:
     return int(value)
 
 
-def pick_device(device: str | None = None) -> torch.device:
-    """The device that was asked for, else the best there is: cuda, mps, cpu. Raises InvalidInputError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(kind for kind, available in there.items() if available))
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInputError(f"device must be cuda, mps or cpu, not {device!r:.40}.", "device") from error
-    if not there.get(chosen.type, False) or (
-        chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
-    ):
-        available = ", ".join(kind for kind, available in there.items() if available)
-        raise InvalidInputError(f"There is no device {device} here; available: {available}.", "device")
-    return chosen
-
-
 def load(model: str = "auto", device: str | None = None, settings: Settings | None = None) -> Generator:
     """Load a model and start its engine.
 
     ``model``: "auto" (CSM-1B on CUDA, else the bundled voice), "bundled", "csm-1b", a folder, or a hub id.  ``device``:
     cuda, mps or cpu; the first that is there unless given here or in ``settings``. Weights are bf16 on CUDA and fp32
-    elsewhere, the codec always fp32. A small model on the CPU sets torch's threads to one, for the whole process.
-    Raises InvalidInputError, CheckpointError.
+    elsewhere, unless ``settings.quantize`` says otherwise (unset, a large model has 16 bits on the CPU); the codec is
+    always fp32. A small model on the CPU sets torch's threads to one, for the whole process.
+    Raises InvalidInputError, CheckpointError, InsufficientMemoryError.
     """
     settings = settings or Settings()
     started = time.monotonic()
     place = pick_device(device or settings.device)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     checkpoint = find_checkpoint(str(model), place)
     try:
         codec_config = CodecConfig.from_dict(checkpoint.codec)
@@ -370,15 +358,37 @@ def load(model: str = "auto", device: str | None = None, settings: Settings | No
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"The config.json of {checkpoint.name} is not of this version: {error}.") from error
     tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
-    codec = Codec(codec_config, load_codec_state(checkpoint), place)
-    network = load_model(checkpoint, place, dtype)
-    if place.type == "cpu" and sum(weight.numel() for weight in network.parameters()) < SMALL_MODEL:
+    large = weight_bytes(checkpoint.config, Precision(1)) >= SMALL_MODEL
+    quantization = choose(settings.quantize, profile, place, large)
+    codec_state = load_codec_state(checkpoint)
+    shapes = Shapes(checkpoint.config, codec_config, sum(tensor.nbytes for tensor in codec_state.values()))
+    precisions = _precisions(quantization, profile, place)
+    planned = check_fits(shapes, settings.engine, precisions, free_memory(place))
+    codec = Codec(codec_config, codec_state, place)
+    network = load_model(checkpoint, place, torch.bfloat16 if quantization else _plain_dtype(place))
+    if quantization:
+        quantize(network, quantization)
+    if place.type == "cpu" and not large:
         torch.set_num_threads(1)
     generator = Generator(network, codec, tokenizer, profile, settings)
     seconds = time.monotonic() - started
     asked = "as asked" if device or settings.device else "the best here"
-    logger.info("loaded %s for %s on %s (%s), %s, in %.1f s", profile.name, model, place, asked, dtype, seconds)
+    how = f"{place} ({asked}), {quantization or _plain_dtype(place)}"
+    logger.info("loaded %s for %s on %s, in %.1f s; memory: %s", profile.name, model, how, seconds, planned)
     return generator
+
+
+def _plain_dtype(place: torch.device) -> torch.dtype:
+    return torch.bfloat16 if place.type == "cuda" else torch.float32
+
+
+def _precisions(chosen: Quantization | None, profile: Profile, place: torch.device) -> list[Precision]:
+    """In which ways the weights could be kept, the chosen one first."""
+    kinds = {Quantization(mode): dtype for mode, (_, dtype) in layers_for(place).items()}
+    first = Precision(_plain_dtype(place).itemsize)
+    if chosen:
+        first = Precision(kinds[Quantization(chosen.mode)].itemsize, chosen)
+    return [first, *(Precision(dtype.itemsize, kind) for kind, dtype in kinds.items() if profile.allows(kind))]
 
 
 def load_csm_1b(device: str | None = None) -> Generator:

@@ -250,6 +250,8 @@ def test_a_voice_by_name_or_value(
     )  # it speaks as the speaker asked for
     assert [text_column(request.prompt) for request in prompts] == [wanted] * 3
     assert not torch.equal(tiny_generator.generate("Hello.", speaker=1, seed=1, **SHORT), named)
+    heard = [tiny_generator._voice("anna", speaker)[0].segment for speaker in (0, 1)]
+    assert heard[0] is heard[1]  # read once, not for each call
 
 
 def test_context_audio_is_encoded_once(tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
