@@ -35,7 +35,8 @@ def read(argv: Sequence[str] | None) -> Namespace:
         where = deploy_commands if name.startswith("deploy ") else commands
         command = where.add_parser(name.removeprefix("deploy "), help=text, description=text)
         command.set_defaults(command=name)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+        if name not in {"bench", "serve"}:  # one prints a table and writes JSON to a file, the other's log is JSON
+            command.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
         command.add_argument(
             "--progress", action=BooleanOptionalAction, help="progress on stderr (default: on a terminal)"
         )
@@ -45,6 +46,8 @@ def read(argv: Sequence[str] | None) -> Namespace:
     _add_say(add)
     _add_dialogue(add)
     _add_voices_and_convert(add)
+    _add_bench(add)
+    _add_serve(add)
     _add_deploy(add)
     return parser.parse_args(argv)
 
@@ -95,6 +98,53 @@ def _add_voices_and_convert(add_command: _AddCommand) -> None:
     convert = add_command("convert", "save a checkpoint again as one bf16 file, for fast starts")
     convert.add_argument("source", help="bundled, csm-1b, a folder, or owner/name on the Hub")
     convert.add_argument("target", type=Path, help="the folder to write")
+
+
+def _add_bench(add_command: _AddCommand) -> None:
+    command = add_command("bench", "measure latency, speed and streams per device, or search for the settings to use")
+    add = command.add_argument
+    add("--model", help="auto, bundled, csm-1b, a folder, or owner/name on the Hub (default: CSM_MODEL, or auto)")
+    add("--random-weights", metavar="SIZE", help="random weights of this size, no download: csm-1b, small or tiny")
+    add("--device", help="cuda, mps or cpu (default: CSM_DEVICE, or what is there)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: bfloat16 on cuda, else float32)")
+    add("--slots", type=int, help="callers at once, at most (64 on cuda, else 8)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig or Settings")
+    add("--peer", action="append", default=[], choices=["transformers", "sesame"], help="measure beside it, in turns")
+    add("--only", metavar="SECTION,...", help="floor, batch, ttfa, launches, streams, memory, parts, speech, peers")
+    add("--budget", type=float, default=480.0, metavar="SECONDS", help="for everything after loading (480)")
+    add(
+        "--voice-seconds", type=float, default=20.0, metavar="S", help="length of the voices that TTFA is measured with"
+    )
+    add("--seed", type=int, default=0, help="of the random arrivals (0)")
+    add("--cores", type=int, metavar="N", help="use N cores of the CPU only")
+    add("--threads", type=int, metavar="N", help="torch's threads (default: as `csm say` has them)")
+    add("--machine", metavar="NAME", help="what to call this machine (default: its processor's or GPU's name)")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add("--plot", type=Path, metavar="FILE", help="draw latency against load as PNG; needs csm-core[bench]")
+    add("--target-ttfa-ms", type=float, default=300.0, metavar="MS", help="the first sound that callers accept (300)")
+    add("--recommend", action="store_true", help="search for the settings that serve most callers within the targets")
+    add("--target-rtf", type=float, default=0.9, metavar="X", help="for --recommend (0.9)")
+    choice = "for --recommend: what to try, as chunk_schedule=1,2,4|1,1,2 (default: what is known to matter)"
+    add("--try", action="append", default=[], dest="choices", metavar="NAME=A|B", help=choice)
+
+
+def _add_serve(add_command: _AddCommand) -> None:
+    command = add_command("serve", "serve speech over HTTP, OpenAI's speech API and the endpoint's own, until stopped")
+    add = command.add_argument
+    add("--model", help="auto, bundled, csm-1b, a folder, or owner/name on the Hub (default: CSM_MODEL, or auto)")
+    add("--device", help="cuda, mps or cpu (default: CSM_DEVICE, or what is there)")
+    add("--voices", type=Path, metavar="FOLDER", help="where named voices are (default: CSM_VOICES)")
+    add("--slots", type=int, default=4, help="speeches at once; others wait (4)")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1); any other one needs CSM_API_KEYS")
+    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--no-auth", action="store_true", help="let everybody in who can reach the address")
+    add("--key-rate", metavar="RATE", help="requests of one key, as 60/minute (default: no limit)")
+    add("--key-speeches", type=int, metavar="N", help="speeches of one key at once (default: no limit)")
+    add("--public-lists", action="store_true", help="list models and voices without a key, as Open WebUI asks for them")
+    add("--public-metrics", action="store_true", help="show /metrics without a key")
+    add("--cors", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call; repeatable")
+    add("--certificate", metavar="FILE", help="PEM file for TLS")
+    add("--private-key", metavar="FILE", help="its key, if it is not in the same file")
 
 
 def _add_deploy(add_command: _AddCommand) -> None:

@@ -14,14 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-import wave
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_core import arguments
-from csm_core.config import Settings
+from csm_core.config import EngineConfig, ServerSettings, Settings
 from csm_core.dialogue import Turn, read_line, read_script
 from csm_core.errors import CsmError, InvalidInputError
 
@@ -41,6 +40,7 @@ Hear = Callable[["Tensor"], object]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors that have a name become one sentence on stderr."""
     args = arguments.read(argv)
+    args.argv = ["csm", *(sys.argv[1:] if argv is None else argv)]
     try:
         args.settings = Settings.from_env()
     except ValueError as error:
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a file that cannot be written, a port that is taken
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is missing; pip install 'csm-core[emulate,play]' brings it", 1)
+        extras = "bench,emulate,play,serve"
+        return _fail(f"the package {error.name} is missing; pip install 'csm-core[{extras}]' brings it", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -82,7 +83,9 @@ def _say(args: argparse.Namespace) -> int:
             opened.enter_context(player.playing(rate))
             sinks.append(player.hear)
         if file:
-            sinks.append(opened.enter_context(contextlib.closing(_WavWriter(file, rate))).hear)
+            from csm_core.audio import WavWriter
+
+            sinks.append(opened.enter_context(contextlib.closing(WavWriter(file, rate))).hear)
         with _progress("speaking", args, unit=" s of speech") as advance:
             early = sinks if args.stream else []
             audio, facts = _speak(generator, args, turn, context, [*early, lambda c: advance(c.numel() / rate)])
@@ -191,28 +194,6 @@ def _joined(segments: "Sequence[Segment]", sample_rate: int) -> "Tensor":
 # --- sound out -------------------------------------------------------------------------------------------------------
 
 
-class _WavWriter:
-    """Writes chunks into a WAV as they come. There is no file before the first sound."""
-
-    def __init__(self, path: Path, sample_rate: int) -> None:
-        self._path, self._sample_rate = path, sample_rate
-        self._file: wave.Wave_write | None = None
-
-    def hear(self, chunk: "Tensor") -> None:
-        from csm_core.audio import pcm16_bytes
-
-        if self._file is None:
-            self._file = wave.open(str(self._path), "wb")  # noqa: SIM115 -- open for the length of the stream
-            self._file.setnchannels(1)
-            self._file.setsampwidth(2)
-            self._file.setframerate(self._sample_rate)
-        self._file.writeframes(pcm16_bytes(chunk))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 def _check_target(file: Path | None) -> None:
     """Before the model is loaded, not after the speech is made."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
@@ -259,6 +240,45 @@ def _convert(args: argparse.Namespace) -> int:
     size = sum(file.stat().st_size for file in folder.iterdir())
     _print(args, {"folder": str(folder), "bytes": size}, f"{folder}: {size / 1e6:.1f} MB")
     return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from csm_core import load
+    from csm_core.server.logs import log_as_json
+    from csm_core.server.run import Address, serve
+
+    settings: Settings = args.settings
+    try:
+        engine, limits = EngineConfig(slots=args.slots), ServerSettings.from_env()
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from error
+    settings = replace(settings, voices=args.voices or settings.voices, engine=engine)
+    limits = replace(
+        limits,
+        voices=settings.voices,
+        max_speeches=engine.slots + engine.queue_size,
+        no_auth=args.no_auth,
+        key_rate=args.key_rate,
+        key_speeches=args.key_speeches,
+        public_lists=args.public_lists,
+        public_metrics=args.public_metrics,
+        cors_origins=tuple(args.cors),
+    )
+    log_as_json(settings.log_level)
+    address = Address(args.host, args.port, args.certificate, args.private_key)
+    model, device = args.model or settings.model, args.device or settings.device
+    return serve(limits, address, lambda: load(model, device, settings))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    for file in (args.json, args.plot):
+        _check_target(file)
+    from csm_core.bench.command import carry_out
+
+    shown = sys.stderr.isatty() if args.progress is None else args.progress
+    text, found = carry_out(args, lambda part: print(f"measuring: {part}", file=sys.stderr) if shown else None)
+    print(text)
+    return 0 if found else 1
 
 
 def _deploy_check(args: argparse.Namespace) -> int:
@@ -351,6 +371,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "dialogue": _dialogue,
     "voices": _voices,
     "convert": _convert,
+    "bench": _bench,
+    "serve": _serve,
     "deploy check": _deploy_check,
     "deploy emulate": _deploy_emulate,
     "deploy try": _deploy_try,

@@ -24,11 +24,12 @@ PACKAGE = ROOT / "csm_core"
 LAYERS = [
     {"cli", "__main__", "deploy", "main"},
     {"server", "train", "bench"},
-    {"generator", "asr"},
+    {"generator", "asr", "call"},
     {"takes"},
     {"voices", "engine"},
     {"prompt"},
-    {"audio", "text", "codec", "silence", "model", "dialogue", "playback", "arguments"},
+    {"audio", "text", "spelling", "codec", "silence", "model", "device", "dialogue", "playback", "arguments"},
+    {"streaming_decoder", "empty_weights"},
     {"config", "errors"},
 ]
 SIDEWAYS = {("__main__", "cli"), ("cli", "deploy"), ("config", "errors")}  # the command line is deploy's door

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
 import soundfile
 
 from csm_core import arguments
@@ -28,6 +30,7 @@ NEEDED = ["csm_core", "main.py", "cerebrium.toml", "requirements.txt", "test_phr
 # Needs an account, or what the first `make` has done already.
 NOT_RUN = {"pip install cerebrium", "cerebrium login", "cerebrium deploy", "make test", ". .venv/bin/activate"}
 QUICK = {"csm deploy check"}  # commands that load no model
+SERVERS = re.compile(r"csm (deploy emulate|serve) ")  # they stay: fixtures run them
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,13 @@ def run(clone: Path, program: list[str]) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def address(clone: Path) -> Iterator[str]:
-    """host:port of the emulator, started by the README's own command on a free port."""
-    command = next(line for line in README.splitlines() if "csm deploy emulate" in line)
+@contextmanager
+def listening(clone: Path, words: str, port: int) -> Iterator[str]:
+    """host:port of a server, started by the README's own command with ``words``, on a free port instead of its own."""
+    command = next(line for line in README.splitlines() if words in line)
+    assert f"--port {port}" in command
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    assert "--port 8000" in command
-    command = "exec env " + command.replace("--port 8000", f"--port {port}")
+        command = "exec env " + command.replace(f"--port {port}", f"--port {(port := free.getsockname()[1])}")
     server = subprocess.Popen(["bash", "-c", command], cwd=clone, env=environment(clone), stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 300
@@ -115,15 +117,33 @@ def address(clone: Path) -> Iterator[str]:
         server.communicate(timeout=60)
 
 
+@pytest.fixture(scope="module")
+def emulator(clone: Path) -> Iterator[str]:
+    with listening(clone, "csm deploy emulate", 8000) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def server(clone: Path) -> Iterator[str]:
+    with listening(clone, "csm serve", 8001) as address:
+        for _ in range(300):
+            if requests.get(f"http://{address}/ready", timeout=10).ok:
+                break
+            time.sleep(0.2)
+        yield address
+
+
 def as_run(block: Block, request: pytest.FixtureRequest) -> str:
     """The block with what differs here: the port, the platform's address, what a Makefile would wrap."""
-    lines = [line for line in block.code.splitlines() if line not in NOT_RUN and "csm deploy emulate" not in line]
+    lines = [line for line in block.code.splitlines() if line not in NOT_RUN and not SERVERS.search(line)]
     if shutil.which("curl") is None:
         lines = [line for line in lines if not line.startswith("curl ")]
     code = "\n".join(lines)
     code = re.sub(r"^make run TEXT=(.*)$", r"CSM_MODEL=bundled csm deploy try --text \1", code, flags=re.MULTILINE)
+    if "127.0.0.1:8001" in code:
+        code = code.replace("127.0.0.1:8001", request.getfixturevalue("server"))
     if "127.0.0.1:8000" in code or "api.cerebrium.ai" in code:
-        address = request.getfixturevalue("address")
+        address = request.getfixturevalue("emulator")
         code = code.replace("127.0.0.1:8000", address).replace("CEREBRIUM_TOKEN=...", "CEREBRIUM_TOKEN=secret")
         code = code.replace("https://api.cerebrium.ai/v4/p-xxxx", f"http://{address}/v4/p-local")
     return code
@@ -144,8 +164,8 @@ def test_commands_run(block: Block, clone: Path, request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("block", [pytest.param(b, id=f"line {b.line}") for b in BLOCKS if b.language == "python"])
-def test_python_runs(block: Block, clone: Path) -> None:
-    run(clone, [sys.executable, "-W", "error", "-c", block.code])
+def test_python_runs(block: Block, clone: Path, request: pytest.FixtureRequest) -> None:
+    run(clone, [sys.executable, "-W", "error", "-c", as_run(block, request)])
 
 
 def test_nothing_is_left_out() -> None:
@@ -167,7 +187,9 @@ def csm_commands(text: str) -> list[list[str]]:
 def test_commands_are_known() -> None:
     """Words and options alone, at once; the slow tests run them."""
     commands = [arguments.read(words).command for words in csm_commands(README)]
-    assert {"say", "dialogue", "voices", "convert", "deploy check", "deploy emulate", "deploy try"} == set(commands)
+    assert {"say", "dialogue", "voices", "convert", "serve", "deploy check", "deploy emulate", "deploy try"} == set(
+        commands
+    )
     with pytest.raises(SystemExit):
         arguments.read(csm_commands("```sh\nCSM_MODEL=x csm say 'a b' --sead 1\n```\n")[0])
 

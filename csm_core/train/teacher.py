@@ -63,7 +63,7 @@ def cells_of(phones: list[str], ends: Array) -> Array:
 
 
 def stretched(spectra: Array, factor: float) -> Array:
-    """Spectra ``[frames, bins]`` with everything at ``factor`` times its frequency: a vocal tract shorter by as much."""
+    """Spectra ``[frames, bins]`` with all at ``factor`` times its frequency: a vocal tract shorter by as much."""
     bins = np.arange(spectra.shape[1])
     return np.stack([np.interp(bins / factor, bins, spectrum) for spectrum in spectra])
 
