@@ -1,5 +1,6 @@
 """Recording, replaying and compiling a frame: the same codes as the plain path, and nothing new after the warm-up."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -109,6 +110,7 @@ def test_compiled_frames_are_the_plain_ones_and_nothing_is_compiled_after_the_wa
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_what_inductor_makes_of_it_is_the_same(
     tiny_model: CSM, tiny_codec: Codec, plain: dict[int, list[Frame]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
