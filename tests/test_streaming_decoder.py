@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from csm_core.codec import PIECE, Codec, build_mimi
 from csm_core.config import BUNDLED_CODEC, MIMI, CodecConfig
-from csm_core.streaming_decoder import PACK_FROM, Affine, History, Play, _plain, _transposed
+from csm_core.streaming_decoder import PACK_FROM, Affine, History, Play, _plain, _transposed, runs
 
 
 def random_codec(config: CodecConfig) -> Codec:
@@ -168,6 +168,35 @@ def test_each_shape_is_recorded_once_and_practice_leaves_no_trace(tiny_codec: Co
     assert recorder.recordings == 4
     for row in range(2):
         torch.testing.assert_close(torch.cat(heard, dim=1)[row], wanted[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [
+        ("", []),
+        ("...", []),
+        ("xxx", [(0, 3)]),
+        ("...x", [(3, 4)]),
+        (".xx.x..", [(1, 3), (4, 5)]),
+        ("x.xx", [(0, 1), (2, 4)]),
+    ],
+)
+def test_runs_are_the_active_rows(active: str, expected: list[tuple[int, int]]) -> None:
+    assert [(at.start, at.stop) for at in runs([row == "x" for row in active])] == expected
+
+
+def test_rows_that_wait_cost_nothing(tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows each pass has; what they decode to is compared in test_codec.py."""
+    stream = tiny_codec.stream(slots=8)
+    passes = []
+    attend = stream._decoder._attend
+    monkeypatch.setattr(stream._decoder, "_attend", lambda x, rows: passes.append(len(x)) or attend(x, rows))
+    codes = torch.randint(0, 61, (8, PIECE, 2))
+    stream.push(codes)
+    stream.push(codes, torch.tensor([False, True, True, False, False, False, False, True]))
+    assert passes == [8, 2, 1]
+    assert stream.push(codes, torch.zeros(8, dtype=torch.bool)).shape == (8, PIECE * 1920)
+    assert passes == [8, 2, 1]
 
 
 @pytest.mark.gpu
