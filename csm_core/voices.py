@@ -45,13 +45,9 @@ def list_voices(voices_dir: Path | None) -> list[str]:
     return sorted(entry.name for entry in voices_dir.iterdir() if _NAME.fullmatch(entry.name) and _sample(entry))
 
 
-def load_voice(voice: str | Path, voices_dir: Path | None, sample_rate: int) -> Voice:
-    """Read a voice; its audio comes at ``sample_rate`` Hz.
-
-    A ``str`` is a name inside ``voices_dir`` and nothing else, so it may come from a caller of an endpoint; a ``Path``
-    is the folder itself, for whoever owns the machine. Raises InvalidInputError that says what is missing.
-    """
-    return _read(_find(voice, voices_dir), sample_rate)
+def is_installed(name: str, voices_dir: Path | None) -> bool:
+    """Whether a voice of that name is in a folder. A name cannot leave it."""
+    return voices_dir is not None and bool(_NAME.fullmatch(name)) and _sample(voices_dir / name) is not None
 
 
 def _read(folder: Path, sample_rate: int) -> Voice:
@@ -70,7 +66,7 @@ def _find(voice: str | Path, voices_dir: Path | None) -> Path:
         return voice
     if not isinstance(voice, str) or not _NAME.fullmatch(voice):
         raise InvalidInputError("A voice's name is 1 to 64 letters, digits, '_' or '-'.", "voice")
-    if voices_dir is None or _sample(voices_dir / voice) is None:
+    if voices_dir is None or not is_installed(voice, voices_dir):
         names = list_voices(voices_dir)
         known = f"the voices here are: {', '.join(names)}" if names else "no voices are installed here"
         raise InvalidInputError(f"There is no voice {voice!r}; {known}.", "voice")
@@ -138,7 +134,7 @@ class _Recent(Generic[Value]):
 
 
 class VoiceCache:
-    """``load_voice``, but a voice whose files are as they were is not read again.
+    """Voices with their audio at ``sample_rate`` Hz; one whose files are as they were is not read again.
 
     A 30 s sample of 48 kHz takes 65 ms to read and resample on one core, at the model's rate 10 ms.
     """
@@ -148,6 +144,9 @@ class VoiceCache:
         self._voices: _Recent[Voice] = _Recent(capacity)
 
     def get(self, voice: str | Path, voices_dir: Path | None) -> Voice:
+        """A ``str`` is a name inside ``voices_dir`` and nothing else, so it may come from a caller of an endpoint; a
+        ``Path`` is the folder itself, for whoever owns the machine. Raises InvalidInputError that says what is missing.
+        """
         folder = _find(voice, voices_dir)
         key = folder, *(_stamp(folder / name) for name in _FILES)
         return self._voices.get(key, lambda: _read(folder, self._sample_rate))

@@ -242,7 +242,7 @@ def test_a_voice_by_name_or_value(
     (folder / "transcript.txt").write_text("This is Anna.", encoding="utf-8")
     tiny_generator._settings = Settings(voices=tmp_path)
     named = tiny_generator.generate("Hello.", speaker=1, voice="anna", seed=1, **SHORT)
-    voice = csm_core.voices.load_voice("anna", tmp_path, 24_000)
+    voice = csm_core.voices.VoiceCache(24_000).get("anna", tmp_path)
     assert torch.equal(tiny_generator.generate("Hello.", speaker=1, voice=voice, seed=1, **SHORT), named)
     assert torch.equal(tiny_generator.generate("Hello.", speaker=1, voice=folder, seed=1, **SHORT), named)
     wanted = ids(tiny_generator, "This is Anna.", 1) + ids(

@@ -12,10 +12,14 @@ import torch
 
 from csm_core.audio import write_wav
 from csm_core.errors import InvalidInputError
-from csm_core.voices import CodesCache, VoiceCache, list_voices, load_voice
+from csm_core.voices import CodesCache, Voice, VoiceCache, is_installed, list_voices
 
 RATE = 24_000
 TONE = 0.5 * torch.sin(torch.arange(4800) / RATE * (2 * math.pi * 440))
+
+
+def load_voice(voice: str | Path, voices_dir: Path | None, sample_rate: int) -> Voice:
+    return VoiceCache(sample_rate).get(voice, voices_dir)
 
 
 @pytest.fixture
@@ -36,6 +40,13 @@ def test_a_voice_is_a_folder(voices: Path) -> None:
     assert (anna.name, bob.name) == ("anna", "bob_2")
     assert [(s.speaker, s.text) for s in (*anna.segments, *bob.segments)] == [(0, "I am anna."), (3, "I am bob_2.")]
     torch.testing.assert_close(anna.segments[0].audio, TONE, atol=2**-15, rtol=0)
+
+
+def test_only_a_name_in_the_folder_is_installed(voices: Path) -> None:
+    assert is_installed("anna", voices)
+    for name in ("notes", "carl", "../" + voices.name + "/anna", str(voices / "anna"), ""):
+        assert not is_installed(name, voices)
+    assert not is_installed("anna", None)
 
 
 def test_a_path_is_a_folder_anywhere(voices: Path) -> None:
