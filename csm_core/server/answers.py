@@ -108,7 +108,7 @@ async def plain(speech: Speaking) -> AsyncIterator[bytes]:
 
 
 def openai_events(characters: int, frame_rate: float) -> Body:
-    """OpenAI's server-sent events. Usage is counted in what there is: characters in, ``frame_rate`` per second out."""
+    """OpenAI's server-sent events. Usage counts what there is: characters in, frames out, ``frame_rate`` per second."""
 
     async def body(speech: Speaking) -> AsyncIterator[bytes]:
         begun = False

@@ -13,7 +13,7 @@ from csm_core.call import Call, speech_result
 from csm_core.errors import CsmError
 from csm_core.server.answers import SSE, StreamedSpeech, native_events, while_connected, whole
 from csm_core.server.desk import Desk
-from csm_core.server.refusals import RefusedError, json_response, refused
+from csm_core.server.refusals import RefusedError, check_length, json_response, refused
 from csm_core.server.schemas import CallBody, GenerateBody, body_schema, read_body
 from csm_core.server.speaking import Order
 
@@ -68,6 +68,5 @@ async def _speech(request: Request, call: Call) -> dict[str, Any]:
 
 
 def _check(call: Call, desk: Desk) -> None:
-    if isinstance(call.text, str) and len(call.text) > desk.settings.max_text:
-        message = f"text has {len(call.text):,} characters; at most {desk.settings.max_text:,} are spoken at once."
-        raise RefusedError(422, "string_above_max_length", message, "text")
+    if isinstance(call.text, str):
+        check_length(call.text, desk.settings.max_text, "text", 422)

@@ -20,14 +20,12 @@ from csm_core.call import Call
 from csm_core.errors import InvalidInputError
 from csm_core.server.answers import SSE, StreamedSpeech, openai_events, plain, while_connected, whole
 from csm_core.server.desk import Desk
-from csm_core.server.refusals import RefusedError, json_response
+from csm_core.server.refusals import RefusedError, check_length, json_response
 from csm_core.server.schemas import SpeechBody, body_schema, read_body
 from csm_core.server.speaking import Order
-from csm_core.voices import list_voices
+from csm_core.voices import is_installed, list_voices
 
-FRAME_RATE = 12.5  # frames of CSM per second as it speaks: what usage counts as output tokens
-
-# OpenAI's names, each as the speaker who sounds more like it: of the bundled voice 0 is a man's, 1 a woman's. Clients
+# OpenAI's names, each as the speaker who sounds more like it: of the bundled voice 0 is low, 1 is higher. Clients
 # (Pipecat) refuse every other name themselves, so these always work; a voice that is installed under one goes first.
 ALIASES = {
     "alloy": 1, "ash": 0, "ballad": 0, "coral": 1, "echo": 0, "fable": 0, "onyx": 0, "nova": 1, "sage": 1,
@@ -55,7 +53,7 @@ async def speech(request: Request) -> Response:
     spoken = desk.speak(order, request.state.caller)
     media_type = FORMATS[order.format]
     if body.stream_format == "sse":
-        events = openai_events(len(body.input), FRAME_RATE * order.speed)
+        events = openai_events(len(body.input), desk.ready().codec.config.frame_rate * order.speed)
         return StreamedSpeech(spoken, events, SSE, desk.settings.write_timeout)
     if not order.whole:
         return StreamedSpeech(spoken, plain, media_type, desk.settings.write_timeout)
@@ -69,22 +67,19 @@ def _check(body: SpeechBody, desk: Desk) -> None:
     if body.model not in known:
         message = f"There is no model {body.model[:80]!a} here; there are: {', '.join(known)}."
         raise RefusedError(404, "model_not_found", message, "model")
-    if len(body.input) > desk.settings.max_text:
-        message = f"input has {len(body.input):,} characters; at most {desk.settings.max_text:,} are spoken at once."
-        raise RefusedError(400, "string_above_max_length", message, "input")
+    check_length(body.input, desk.settings.max_text, "input", 400)
 
 
 def _find_voice(call: Call, voices_dir: Path | None) -> Call:
     """The call with its voice as the generator knows it. Reads the disk. Raises InvalidInputError."""
-    installed = list_voices(voices_dir)
-    if call.voice in installed:
+    if is_installed(call.voice, voices_dir):
         return call
     if call.voice in ALIASES:
         speaker = ALIASES[call.voice]
     elif _SPEAKER.fullmatch(call.voice):
         speaker = int(call.voice)
     else:
-        names = ", ".join([*installed, *ALIASES])
+        names = ", ".join([*list_voices(voices_dir), *ALIASES])
         message = f"There is no voice {call.voice[:64]!a}; there are: {names}, or the number of a speaker."
         raise InvalidInputError(message, "voice")
     return replace(call, voice=None, speaker=speaker if call.speaker is None else call.speaker)

@@ -50,6 +50,13 @@ class RefusedError(Exception):
         return json_response({"error": self.error}, self.status, self.headers)
 
 
+def check_length(text: str, limit: int, name: str, status: int) -> None:
+    """Raises RefusedError ``status`` for a text of more than ``limit`` characters, which the client calls ``name``."""
+    if len(text) > limit:
+        message = f"{name} has {len(text):,} characters; at most {limit:,} are spoken at once."
+        raise RefusedError(status, "string_above_max_length", message, name)
+
+
 def refused(error: CsmError, openai: bool) -> RefusedError:
     """An error of the package as an answer; OpenAI's routes have 400 for bad input, and call the text ``input``."""
     known = refusal(error)

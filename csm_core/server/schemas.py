@@ -34,7 +34,21 @@ class VoiceId(JsonBody):
     id: str
 
 
-class SpeechBody(JsonBody):
+class OptionsBody(JsonBody):
+    """How to speak, apart from what and in which voice: the same on every route."""
+
+    speaker: Any = None
+    context: Any = None
+    seed: Any = None
+    temperature: Any = None
+    topk: Any = None
+    max_audio_length_ms: Any = None
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OptionsBody.model_fields}
+
+
+class SpeechBody(OptionsBody):
     """POST /v1/audio/speech: OpenAI's fields, then ours, which its clients send as ``extra_body``."""
 
     model: str
@@ -45,40 +59,20 @@ class SpeechBody(JsonBody):
     speed: Annotated[float, Field(ge=0.25, le=4.0)] | None = None
     stream_format: Literal["audio", "sse"] | None = None
     stream: bool | None = None
-    speaker: Any = None
-    context: Any = None
-    seed: Any = None
-    temperature: Any = None
-    topk: Any = None
-    max_audio_length_ms: Any = None
 
     def call(self) -> Call:
-        return Call(
-            text=self.input,
-            speaker=self.speaker,
-            max_audio_length_ms=self.max_audio_length_ms,
-            temperature=self.temperature,
-            topk=self.topk,
-            context=self.context,
-            voice=self.voice if isinstance(self.voice, str) else self.voice.id,
-            seed=self.seed,
-        )
+        voice = self.voice if isinstance(self.voice, str) else self.voice.id
+        return Call(text=self.input, voice=voice, **self.options())
 
 
-class CallBody(JsonBody):
+class CallBody(OptionsBody):
     """POST /generate_audio and /stream_audio, as main.py's functions take it."""
 
     text: Any = None
-    speaker: Any = None
-    max_audio_length_ms: Any = None
-    temperature: Any = None
-    topk: Any = None
-    context: Any = None
     voice: Any = None
-    seed: Any = None
 
     def call(self) -> Call:
-        return Call(**{name: getattr(self, name) for name in CallBody.model_fields})
+        return Call(text=self.text, voice=self.voice, **self.options())
 
 
 class GenerateBody(CallBody):
