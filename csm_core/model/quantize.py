@@ -27,7 +27,7 @@ class Int8Linear(nn.Module):
     """8-bit weights, a scale per output, times 8-bit activations, a scale per row; FBGEMM's kernel, fp32 in and out.
 
     The activations are rounded because that is what makes it fast: weight-only kernels convert every weight before they
-    multiply and stay at half the memory bandwidth (docs/performance.md). FBGEMM's own dynamic mode takes one scale
+    multiply and are slower by a factor of 2.6 (docs/log.md). FBGEMM's own dynamic mode takes one scale
     for all rows, so that a caller's codes would depend on the others; here a row is divided by its largest entry first
     and every row has the same fixed scale. The sums are integers: a row is the same bits in any batch.
     """
