@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from csm_core.codec import Codec
-from csm_core.config import CodecConfig, Profile, Quantization, Settings
+from csm_core.config import Profile, Quantization, Settings
 from csm_core.device import free_memory, pick_device
 from csm_core.engine.engine import Engine
-from csm_core.engine.memory import Precision, Shapes, check_fits, weight_bytes
+from csm_core.engine.memory import Precision, Shapes, check_fits
 from csm_core.engine.request import FinishReason
-from csm_core.errors import CheckpointError, InvalidInputError
-from csm_core.model.checkpoint import find_checkpoint, load_codec_state, load_model, load_tokenizer
+from csm_core.errors import InvalidInputError
+from csm_core.loading import is_large, plain_dtype, read_parts, reading_dtype, set_threads
+from csm_core.model.checkpoint import find_checkpoint, load_codec_state, load_model
 from csm_core.model.csm import CSM
 from csm_core.model.quantize import choose, layers_for, quantize
 from csm_core.prompt import EncodedSegment, Segment, Turn, build_prompt, fit_context, segment_length
@@ -43,10 +44,6 @@ CAP_SECONDS = 3.0
 CAP_SECONDS_PER_CHARACTER = 0.15
 CAP_SECONDS_PER_DIGIT = 0.8
 CAP_SECONDS_PER_OTHER_LETTER = 0.5
-
-# Parameters. A step of a small model is many operations too short to share: RTF of the bundled voice on two cores .18
-# with two threads and .16 with one; beside two busy processes 9.1 and .38, for the threads wait for each other.
-SMALL_MODEL = 50_000_000
 
 MIN_REST = 12  # frames, 1 s: with less left of max_audio_length_ms a further sentence is not begun
 
@@ -352,40 +349,30 @@ def load(model: str = "auto", device: str | None = None, settings: Settings | No
     started = time.monotonic()
     place = pick_device(device or settings.device)
     checkpoint = find_checkpoint(str(model), place)
-    try:
-        codec_config = CodecConfig.from_dict(checkpoint.codec)
-        profile = Profile.from_defaults(checkpoint.name, checkpoint.defaults)
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"The config.json of {checkpoint.name} is not of this version: {error}.") from error
-    tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
-    large = weight_bytes(checkpoint.config, Precision(1)) >= SMALL_MODEL
-    quantization = choose(settings.quantize, profile, place, large)
+    parts = read_parts(checkpoint)
+    profile = parts.profile
+    quantization = choose(settings.quantize, profile, place, is_large(checkpoint.config))
     codec_state = load_codec_state(checkpoint)
-    shapes = Shapes(checkpoint.config, codec_config, sum(tensor.nbytes for tensor in codec_state.values()))
+    shapes = Shapes(checkpoint.config, parts.codec, sum(tensor.nbytes for tensor in codec_state.values()))
     precisions = _precisions(quantization, profile, place)
     planned = check_fits(shapes, settings.engine, precisions, free_memory(place))
-    codec = Codec(codec_config, codec_state, place)
-    network = load_model(checkpoint, place, torch.bfloat16 if quantization else _plain_dtype(place))
+    codec = Codec(parts.codec, codec_state, place)
+    network = load_model(checkpoint, place, reading_dtype(quantization, place))
     if quantization:
         quantize(network, quantization)
-    if place.type == "cpu" and not large:
-        torch.set_num_threads(1)
-    generator = Generator(network, codec, tokenizer, profile, settings)
+    set_threads(checkpoint.config, place)
+    generator = Generator(network, codec, parts.tokenizer, profile, settings)
     seconds = time.monotonic() - started
     asked = "as asked" if device or settings.device else "the best here"
-    how = f"{place} ({asked}), {quantization or _plain_dtype(place)}"
+    how = f"{place} ({asked}), {quantization or plain_dtype(place)}"
     logger.info("loaded %s for %s on %s, in %.1f s; memory: %s", profile.name, model, how, seconds, planned)
     return generator
-
-
-def _plain_dtype(place: torch.device) -> torch.dtype:
-    return torch.bfloat16 if place.type == "cuda" else torch.float32
 
 
 def _precisions(chosen: Quantization | None, profile: Profile, place: torch.device) -> list[Precision]:
     """In which ways the weights could be kept, the chosen one first."""
     kinds = {Quantization(mode): dtype for mode, (_, dtype) in layers_for(place).items()}
-    first = Precision(_plain_dtype(place).itemsize)
+    first = Precision(plain_dtype(place).itemsize)
     if chosen:
         first = Precision(kinds[Quantization(chosen.mode)].itemsize, chosen)
     return [first, *(Precision(dtype.itemsize, kind) for kind, dtype in kinds.items() if profile.allows(kind))]

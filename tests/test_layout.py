@@ -25,7 +25,7 @@ LAYERS = [
     {"cli", "__main__", "deploy", "main"},
     {"server", "train", "bench"},
     {"generator", "asr", "call"},
-    {"takes"},
+    {"takes", "loading"},
     {"voices", "engine"},
     {"prompt"},
     {"audio", "text", "spelling", "codec", "silence", "model", "device", "dialogue", "playback", "arguments"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from csm_core import generator as generator_module
+from csm_core import loading
 from csm_core.config import EngineConfig, Profile, Quantization, Settings
 from csm_core.errors import CsmError, InsufficientMemoryError, InvalidInputError
 from csm_core.generator import load
@@ -50,7 +51,7 @@ def test_a_small_model_is_left_as_it_is_unless_asked(tiny_checkpoint, tiny_gener
 
 @needs_default
 def test_a_large_model_on_the_cpu_has_16_bits(tiny_checkpoint, tiny_generator, monkeypatch, caplog):
-    monkeypatch.setattr(generator_module, "SMALL_MODEL", 0)
+    monkeypatch.setattr(loading, "SMALL_MODEL", 0)
     with caplog.at_level(logging.INFO, "csm_core"), load(str(tiny_checkpoint), "cpu") as generator:
         assert len(generator.generate_codes(TEXT, seed=1))
     assert f"cpu (as asked), {DEFAULT_ON_CPU}" in caplog.text

@@ -17,8 +17,8 @@ from csm_core.engine.engine import Engine
 from csm_core.engine.memory import Precision, weight_bytes
 from csm_core.engine.request import SamplingParams
 from csm_core.errors import InvalidInputError
-from csm_core.generator import SMALL_MODEL
-from csm_core.model.checkpoint import find_checkpoint, load_codec_state, load_model, load_tokenizer
+from csm_core.loading import is_large, read_parts, reading_dtype, set_threads
+from csm_core.model.checkpoint import find_checkpoint, load_codec_state, load_model
 from csm_core.model.csm import CSM
 from csm_core.model.quantize import choose, quantize
 from csm_core.prompt import EncodedSegment, build_prompt
@@ -187,8 +187,7 @@ class Source:
             subject = self._random(self.random_weights, place, settings)
         else:
             subject = self._checkpoint(place, settings)
-        if place.type == "cpu" and subject.parameters < SMALL_MODEL:
-            torch.set_num_threads(1)  # as ``load`` does
+        set_threads(subject.model.config, place)
         return subject
 
     def _random(self, size: str, place: torch.device, settings: Settings) -> Subject:
@@ -196,7 +195,7 @@ class Source:
             raise InvalidInputError(f"There is no size {size!r:.40}; known: {', '.join(PRESETS)}.", "random-weights")
         shape, codec_shape = PRESETS[size]
         profile = Profile(f"random {size}")
-        quantization = _choose(shape, profile, place, settings)
+        quantization = choose(settings.quantize, profile, place, is_large(shape))
         state = _random_codec_state(codec_shape)
         model = _random_model(shape, place, self._dtype(quantization, place))
         codec = Codec(codec_shape, state, place)
@@ -204,22 +203,16 @@ class Source:
 
     def _checkpoint(self, place: torch.device, settings: Settings) -> Subject:
         checkpoint = find_checkpoint(self.model, place)
-        profile = Profile.from_defaults(checkpoint.name, checkpoint.defaults)
-        tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
-        quantization = _choose(checkpoint.config, profile, place, settings)
+        parts = read_parts(checkpoint)
+        profile = parts.profile
+        quantization = choose(settings.quantize, profile, place, is_large(checkpoint.config))
         state = load_codec_state(checkpoint)
-        codec = Codec(CodecConfig.from_dict(checkpoint.codec), state, place)
+        codec = Codec(parts.codec, state, place)
         model = load_model(checkpoint, place, self._dtype(quantization, place))
-        return Subject(profile.name, model, codec, settings, profile, _nbytes(state), quantization, tokenizer)
+        return Subject(profile.name, model, codec, settings, profile, _nbytes(state), quantization, parts.tokenizer)
 
     def _dtype(self, quantization: Quantization | None, place: torch.device) -> torch.dtype:
-        """As ``load`` has it: what will be packed is read in bf16."""
-        return self.dtype or (torch.bfloat16 if quantization or place.type == "cuda" else torch.float32)
-
-
-def _choose(shape: ModelConfig, profile: Profile, place: torch.device, settings: Settings) -> Quantization | None:
-    large = weight_bytes(shape, Precision(1)) >= SMALL_MODEL
-    return choose(settings.quantize, profile, place, large)
+        return self.dtype or reading_dtype(quantization, place)
 
 
 def _nbytes(state: Mapping[str, Tensor]) -> int:

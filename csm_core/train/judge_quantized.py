@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_core.codec import Codec
-from csm_core.config import CodecConfig, Profile, Quantization
+from csm_core.config import Quantization
 from csm_core.generator import Generator
-from csm_core.model.checkpoint import Checkpoint, find_checkpoint, load_codec_state, load_model, load_tokenizer
+from csm_core.loading import read_parts
+from csm_core.model.checkpoint import Checkpoint, find_checkpoint, load_codec_state, load_model
 from csm_core.model.csm import ABSENT, CSM
 from csm_core.model.quantize import layers_for, quantize
 from csm_core.prompt import build_prompt
 from csm_core.spelling import spell_out
-from csm_core.text import TextTokenizer, clean
+from csm_core.text import clean
 from csm_core.train.judge import SENTENCES, Judge, spoken
 
 PROBED = 8  # sentences whose logits are compared
@@ -37,9 +38,8 @@ def network(checkpoint: Checkpoint, mode: str) -> CSM:
 
 def generator_of(checkpoint: Checkpoint, model: CSM) -> Generator:
     """As csm_core.load, without asking whether the voice survives what was done to the model: that is the question."""
-    codec = Codec(CodecConfig.from_dict(checkpoint.codec), load_codec_state(checkpoint))
-    tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
-    return Generator(model, codec, tokenizer, Profile.from_defaults(checkpoint.name, checkpoint.defaults))
+    parts = read_parts(checkpoint)
+    return Generator(model, Codec(parts.codec, load_codec_state(checkpoint)), parts.tokenizer, parts.profile)
 
 
 @torch.no_grad()
@@ -59,12 +59,12 @@ def forced_logits(model: CSM, prompt: Tensor, codes: Tensor) -> Tensor:
 
 def speeches(checkpoint: Checkpoint, sentences: list[str], speaker: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Prompt and codes of what the unquantised model says."""
-    tokenizer = TextTokenizer(load_tokenizer(checkpoint), checkpoint.config.bos_id, checkpoint.config.eos_id)
+    parts = read_parts(checkpoint)
     with generator_of(checkpoint, network(checkpoint, "off")) as generator:
         for sentence in sentences:
             text = clean(sentence)
-            text = spell_out(text) if checkpoint.defaults.get("spell_out") else text
-            prompt = build_prompt([], tokenizer.encode(text, speaker), checkpoint.config.num_codebooks)
+            text = spell_out(text) if parts.profile.spell_out else text
+            prompt = build_prompt([], parts.tokenizer.encode(text, speaker), checkpoint.config.num_codebooks)
             yield prompt, generator.generate_codes(sentence, speaker, seed=0)
 
 
